@@ -1,0 +1,1 @@
+//! The recorded plan of a forward, the backend interface, and the CPU backend

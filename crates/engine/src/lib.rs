@@ -1,0 +1,1 @@
+//! Slots, the plan of a step, and step()

@@ -1,0 +1,1 @@
+//! GGUF and safetensors files: header, metadata, tensor directory, memory mapping, writing

@@ -1,0 +1,1 @@
+//! CPU maths: tensor formats, matrix products, attention and recurrences, the thread team

@@ -1,0 +1,1 @@
+//! What a sequence remembers: KV pages, recurrent state, tentative rows and commit

@@ -1,0 +1,1 @@
+//! Target architectures, each a page that records its forward

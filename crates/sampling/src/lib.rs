@@ -1,0 +1,1 @@
+//! Logits to token: the sampler chain, penalties, counter-based Gumbel noise

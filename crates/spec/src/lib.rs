@@ -1,0 +1,1 @@
+//! Drafters: the interface, verification, and one file per drafter

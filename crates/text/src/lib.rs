@@ -1,0 +1,1 @@
+//! Vocabulary, tokenizer, streaming detokenizer, chat templates, reasoning
