@@ -1,0 +1,1 @@
+//! Mixes: which type each tensor of a model gets.
