@@ -1,0 +1,226 @@
+"""Makes the golden models of this folder: tiny random checkpoints and what the reference computes with them.
+
+    HF_HUB_OFFLINE=1 python make.py            # all folders
+    HF_HUB_OFFLINE=1 python make.py llama      # one
+
+Every dimension is chosen so that mixing up two of them breaks a shape or a value, and every parameter is
+random, the ones that start as zeros or ones too (norms, dt_bias, A_log): defaults hide bugs.
+Everything is seeded: a second run writes the same bytes.
+"""
+import json
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from transformers import (LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config,
+                          Qwen3ForCausalLM)
+
+import dflash_reference
+import tiny_tokenizer
+
+HERE = pathlib.Path(__file__).parent
+N_TOKENS = 75
+
+
+def layer_kinds(n_layer: int, interval: int) -> list[str]:
+    return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(n_layer)]
+
+
+def qwen35(ids, n_layer, interval, hk, hv, tied, vocab):
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(
+        vocab_size=vocab, hidden_size=40, intermediate_size=68, num_hidden_layers=n_layer,
+        layer_types=layer_kinds(n_layer, interval), num_attention_heads=6, num_key_value_heads=2, head_dim=12,
+        linear_num_key_heads=hk, linear_num_value_heads=hv, linear_key_head_dim=10, linear_value_head_dim=10,
+        linear_conv_kernel_dim=4, tie_word_embeddings=tied, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+                         "mrope_interleaved": True, "mrope_section": [1, 1, 1]},
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
+
+
+def qwen3(ids):
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=121, hidden_size=56, intermediate_size=72, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=20, tie_word_embeddings=False, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
+
+
+def llama(ids):
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=127, hidden_size=42, intermediate_size=72, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=12, tie_word_embeddings=True, max_position_embeddings=512, rms_norm_eps=1e-5,
+        # With 6 frequencies and these bounds one is kept, one is blended and four are divided by the factor.
+        rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+        bos_token_id=ids["<|begin_of_text|>"], eos_token_id=ids["<|eot_id|>"]))
+
+
+TARGETS = {
+    # 7 layers and an interval of 3: the last layer is a linear one. R = Hv/Hk = 3 differs from Hk = 2.
+    "qwen35": ("qwen35", lambda ids: qwen35(ids, 7, 3, 2, 6, False, 131)),
+    "qwen35-tied": ("qwen35", lambda ids: qwen35(ids, 5, 4, 3, 6, True, 119)),
+    "qwen3": ("qwen2", qwen3),
+    "llama": ("llama-bpe", llama),
+}
+
+
+@torch.no_grad()
+def randomise(model, seed):
+    """Matrices keep activations near unit size; vectors get values far from their defaults."""
+    gen = torch.Generator().manual_seed(seed)
+    normal = lambda p: torch.randn(p.shape, generator=gen)
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.copy_(torch.log(0.05 + 3.0 * torch.rand(p.shape, generator=gen)))
+        elif name.endswith("dt_bias"):
+            p.copy_(normal(p))
+        elif "conv1d" in name:
+            p.copy_(0.5 * normal(p))
+        elif p.ndim == 1:
+            p.copy_(p + 0.3 * normal(p))  # around 0 where the norm adds 1, around 1 elsewhere
+        elif "embed_tokens" in name:
+            p.copy_(0.8 * normal(p))
+        else:
+            p.copy_(normal(p) / p.shape[1] ** 0.5)
+
+
+class Double(TorchFunctionMode):
+    """Runs a model in f64 although its code asks for f32 in places (norms, the delta rule, rotations).
+
+    In f32 the library's two forms of the delta rule differ by 1e-4 in the logits; in f64 the goldens are exact
+    to their own rounding, and whatever a test measures is the error of the code under test.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        widen = lambda x: torch.float64 if x is torch.float32 else x
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(widen, args), **{k: widen(v) for k, v in (kwargs or {}).items()})
+
+
+@torch.no_grad()
+def run(model, tokens):
+    """The output of every decoder layer, the state after the final norm, and the logits."""
+    hidden = {}
+
+    def keep(il):
+        def hook(_module, _inputs, out):
+            hidden[il] = (out[0] if isinstance(out, tuple) else out)[0].clone()
+        return hook
+
+    # Hooks, because `hidden_states[-1]` of the library is taken after the final norm.
+    hooks = [layer.register_forward_hook(keep(il)) for il, layer in enumerate(model.model.layers)]
+    norm = model.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+    for h in hooks:
+        h.remove()
+    return [hidden[il] for il in sorted(hidden)], norm, model.lm_head(norm)
+
+
+@torch.no_grad()
+def decode_gap(model, tokens):
+    """Largest difference between the logits of one pass and those of single-token decoding with the cache."""
+    whole = model(input_ids=tokens[None], use_cache=False).logits[0]
+    cache, gap = None, 0.0
+    for i in range(len(tokens)):
+        out = model(input_ids=tokens[None, i:i + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        gap = max(gap, (out.logits[0, 0] - whole[i]).abs().max().item())
+    return gap
+
+
+def make_target(name, seed):
+    pre, build = TARGETS[name]
+    folder = HERE / name
+    ids = tiny_tokenizer.build(pre, folder)
+    model = build(ids).float().eval()
+    randomise(model, seed)
+    model.save_pretrained(folder)
+    n_vocab = model.config.vocab_size
+    tokens = torch.from_numpy(np.random.default_rng(seed).integers(0, n_vocab, N_TOKENS))
+    with Double():
+        model.double()
+        hidden, norm, logits = run(model, tokens)
+        gap = decode_gap(model, tokens)
+    assert logits.dtype == torch.float64 and gap < 1e-9, f"{name}: decoding differs from one pass by {gap}"
+    out = {f"hidden.{il}": h for il, h in enumerate(hidden)}
+    out |= {"tokens": tokens.to(torch.int32), "final_norm": norm, "logits": logits}
+    save(out, folder / "golden.safetensors")
+    print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, logits in "
+          f"[{logits.min():.2f}, {logits.max():.2f}], last hidden rms {hidden[-1].pow(2).mean().sqrt():.2f}, "
+          f"decode gap {gap:.1e}")
+    return model, ids, tokens, hidden
+
+
+def save(tensors, path):
+    single = lambda v: (v.float() if v.is_floating_point() else v).contiguous()
+    save_file({k: single(v) for k, v in tensors.items()}, path, metadata={"format": "pt"})
+
+
+# Points of the sequence at which the drafter is asked: (committed positions, anchor or None for the sequence's
+# own token, rows of the block). Contexts shorter than the window of 8, as long, longer; whole and short blocks.
+POINTS = [(1, None, 6), (3, None, 6), (7, 5, 6), (8, None, 4), (9, None, 6), (12, 77, 2), (13, None, 6), (40, None, 6),
+          (69, 0, 6), (75, 33, 6)]
+
+
+def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
+    taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
+    config = {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": False, "block_size": 6,
+        "dflash_config": {"mask_token_id": ids["<|MASK|>"], "target_layer_ids": taps},
+        "eos_token_id": ids["<|im_end|>"], "head_dim": 14, "hidden_act": "silu",
+        "hidden_size": target.config.hidden_size, "intermediate_size": 52,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
+        "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 2,
+        "num_target_layers": target.config.num_hidden_layers, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 1e6, "sliding_window": 8, "use_sliding_window": True, "tie_word_embeddings": False,
+        "vocab_size": target.config.vocab_size, **extra}
+    gen = torch.Generator().manual_seed(seed)
+    weights = {}
+    for key, shape in dflash_reference.shapes(config).items():
+        noise = torch.randn(shape, generator=gen)
+        weights[key] = 1 + 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+    folder = HERE / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save(weights, folder / "model.safetensors")
+
+    f64 = lambda t: t.detach().double()
+    drafter = dflash_reference.Drafter(config, {k: f64(v) for k, v in weights.items()},
+                                       f64(target.model.embed_tokens.weight), f64(target.lm_head.weight))
+    features = torch.cat([hidden[t] for t in taps], -1)
+    ctx = drafter.fuse(f64(features))
+    cache = dflash_reference.Cache(drafter)
+    out = {"tokens": tokens.to(torch.int32), "features": features, "ctx": ctx}
+    rows, worst = [], 0.0
+    for i, (n, anchor, n_row) in enumerate(POINTS):
+        anchor = int(tokens[n]) if anchor is None else anchor
+        rows.append([n, anchor, n_row])
+        dense = drafter.dense(ctx[:n], anchor, n_row)
+        cache.extend(f64(features[cache.n:n]), chunk=1 + i % 3)
+        step = cache.draft(anchor, n_row)
+        for key, a in dense.items():
+            worst = max(worst, (a - step[key]).abs().max().item())
+            out[f"point.{i}.{key}"] = a
+    assert worst < 1e-5, f"{name}: the dense and the incremental form differ by {worst}"
+    for il, (k, v) in enumerate(cache.rows()):
+        out[f"ctx_k.{il}"], out[f"ctx_v.{il}"] = k, v
+    out["points"] = torch.tensor(rows, dtype=torch.int32)
+    save(out, folder / "golden.safetensors")
+    print(f"{name}: {len(POINTS)} points, dense against incremental {worst:.1e}")
+
+
+def main():
+    torch.set_num_threads(1)
+    wanted = sys.argv[1:] or [*TARGETS, "dflash"]
+    for i, name in enumerate(TARGETS):
+        if name in wanted or (name == "qwen35" and "dflash" in wanted):
+            model, ids, tokens, hidden = make_target(name, 100 + i)
+            if name == "qwen35" and "dflash" in wanted:
+                make_drafter("dflash", 7, model, ids, tokens, hidden)
+                make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, is_causal=False)
+
+
+if __name__ == "__main__":
+    main()
