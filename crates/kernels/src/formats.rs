@@ -16,8 +16,22 @@
 
 use paceline_gguf::GgmlType;
 
+mod fit;
 mod float;
+mod iq4_nl;
+mod iq4_xs;
 pub mod mix;
+mod mxfp4;
+mod nvfp4;
+mod q2_k;
+mod q3_k;
+mod q4_0;
+mod q4_1;
+mod q4_k;
+mod q5_0;
+mod q5_1;
+mod q5_k;
+mod q6_k;
 mod q8_0;
 
 /// How to read and write the blocks of one tensor type.
@@ -31,7 +45,25 @@ pub struct Format {
 }
 
 /// Every format this crate can compute with.
-pub const FORMATS: &[Format] = &[float::F32, float::F16, float::BF16, q8_0::FORMAT];
+pub const FORMATS: &[Format] = &[
+    float::F32,
+    float::F16,
+    float::BF16,
+    q8_0::FORMAT,
+    q6_k::FORMAT,
+    q5_k::FORMAT,
+    q5_1::FORMAT,
+    q5_0::FORMAT,
+    q4_k::FORMAT,
+    q4_1::FORMAT,
+    q4_0::FORMAT,
+    iq4_nl::FORMAT,
+    iq4_xs::FORMAT,
+    mxfp4::FORMAT,
+    nvfp4::FORMAT,
+    q3_k::FORMAT,
+    q2_k::FORMAT,
+];
 
 /// The format of tensors of type `ty`, or `None` if this crate cannot compute with them.
 pub fn format(ty: GgmlType) -> Option<&'static Format> {
@@ -96,3 +128,18 @@ fn blocks_mut<'a, const BYTES: usize, const LEN: usize>(
     );
     values.iter().zip(blocks)
 }
+
+/// The field of `LEN` bytes that starts at byte `at` of a block.
+#[inline(always)]
+fn field<const LEN: usize>(block: &[u8], at: usize) -> &[u8; LEN] {
+    block[at..].first_chunk().expect("fields lie inside their block")
+}
+
+/// The F16 scale at byte `at` of a block.
+#[inline(always)]
+fn half_at(block: &[u8], at: usize) -> f32 {
+    float::f16_to_f32(*field(block, at))
+}
+
+#[cfg(test)]
+mod tests;
