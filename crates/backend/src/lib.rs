@@ -1,1 +1,160 @@
-//! The recorded plan of a forward, the backend interface, and the CPU backend
+//! The recorded plan of a forward, the interface that a device implements, and the CPU backend.
+//!
+//! A model is written once, against [`PlanBuilder`]: its code reads like eager maths and records [`Op`]s.
+//! A [`Backend`] uploads weights, allocates the state that sequences leave behind ([`States`]) and compiles
+//! the [`Plan`] into an [`Exec`], which replays it step after step. Whatever changes from step to step is
+//! data in [`Step`]: tokens, positions, which rows belong to which sequence, page tables, output rows.
+//!
+//! ```text
+//!  model code ── PlanBuilder ──▶ Plan (ops, buffers, waves) ── Backend::compile ──▶ Exec
+//!                                                                                    │ run(Step)
+//!  memory ── pages, slots, commit ──▶ States ◀── reads and writes tentative rows ────┘
+//! ```
+//!
+//! Rows of a step are *tentative* until `memory` commits them: a recurrent state is never advanced past a
+//! row that is not [certain](Lane::n_certain), and a KV cell behind the committed length is never read.
+
+mod builder;
+pub mod cpu;
+mod plan;
+mod step;
+
+pub use builder::{Matrix, PlanBuilder, Vector};
+pub use plan::{
+    AttentionOp, BlockMask, Buf, BufDecl, BufRange, HeadMap, Op, Pairing, Plan, RopeSpec, Rows, StateDecl, StateId,
+    WeightId,
+};
+pub use step::{Lane, PageId, SlotId, Step, StepOut};
+
+use std::{any::Any, sync::Arc};
+
+use paceline_gguf::GgmlType;
+
+/// A token id. The same type as in `text` and `sampling`, which do not depend on this crate.
+pub type Token = u32;
+
+/// Why a device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A weight's type has no kernel here.
+    #[error("{file}: tensor `{tensor}` has type {ty}, which this backend cannot compute with; supported: {supported}")]
+    UnsupportedType {
+        /// File that the tensor comes from.
+        file: String,
+        /// Name of the tensor.
+        tensor: String,
+        /// Its type.
+        ty: GgmlType,
+        /// The types that would work.
+        supported: String,
+    },
+    /// The states given to `compile` were allocated by another backend.
+    #[error("states of another backend were given to the {0} backend")]
+    ForeignStates(&'static str),
+    /// A setting of the environment or of a flag that names no kernel set.
+    #[error("{0}")]
+    Kernels(String),
+    /// The device ran out of memory.
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory {
+        /// What the memory was for.
+        what: String,
+        /// How much was asked for.
+        bytes: usize,
+    },
+}
+
+/// A tensor on its way to a device: its bytes stay in the mapped file until the backend repacks them.
+#[derive(Clone)]
+pub struct WeightSource {
+    /// The mapped file.
+    pub file: Arc<paceline_gguf::Gguf>,
+    /// Index into its tensor directory.
+    pub tensor: usize,
+}
+
+/// How sequences' states are stored.
+#[derive(Clone, Copy, Debug)]
+pub struct StateConfig {
+    /// KV cells in one page.
+    pub page_len: usize,
+    /// Storage type of K and V.
+    pub kv_type: KvType,
+    /// The most rows of one lane that may be tentative beyond the certain ones.
+    pub n_tentative_max: usize,
+}
+
+impl Default for StateConfig {
+    fn default() -> Self {
+        StateConfig { page_len: 64, kv_type: KvType::F16, n_tentative_max: 32 }
+    }
+}
+
+/// Storage type of a KV cell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvType {
+    /// 4 bytes a value, what goldens are compared with.
+    F32,
+    /// 2 bytes a value, the default.
+    F16,
+}
+
+impl KvType {
+    /// Bytes of one stored value.
+    pub fn bytes(self) -> usize {
+        match self {
+            KvType::F32 => 4,
+            KvType::F16 => 2,
+        }
+    }
+}
+
+/// A device that can run plans.
+pub trait Backend: Send + Sync {
+    /// Short name, e.g. `cpu`.
+    fn name(&self) -> &'static str;
+    /// One line for logs: device, instruction set, threads.
+    fn describe(&self) -> String;
+    /// Makes a tensor usable by plans; may repack it into the backend's own layout.
+    fn upload(&self, source: &WeightSource) -> Result<WeightId, Error>;
+    /// Makes the stores for the states of `decls`; nothing is reserved per sequence until it is used.
+    fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error>;
+    /// Prepares `plan` for running over `states`.
+    fn compile(&self, plan: Arc<Plan>, states: &Arc<dyn States>) -> Result<Box<dyn Exec>, Error>;
+}
+
+/// A compiled plan.
+pub trait Exec: Send {
+    /// Runs every row of `step`, writing states as [`Lane`] says, and leaves the results in `out`.
+    fn run(&mut self, step: &Step<'_>, out: &mut StepOut);
+}
+
+/// The states that sequences leave on a device: pages of KV cells and slots of recurrent state.
+///
+/// It stores and copies; which sequence owns which page, and when a row becomes final, is decided by the
+/// `memory` crate alone. Calls come from the thread that runs the engine, never while an [`Exec`] runs.
+pub trait States: Send + Sync {
+    /// The declarations that this was made from.
+    fn decls(&self) -> &[StateDecl];
+    /// The storage settings.
+    fn config(&self) -> StateConfig;
+    /// Bytes of one page over all KV states.
+    fn page_bytes(&self) -> usize;
+    /// Bytes of one slot over all recurrent states, its tentative window included.
+    fn slot_bytes(&self) -> usize;
+    /// Gives `page` storage. Contents are unspecified until written.
+    fn page_alloc(&self, page: PageId);
+    /// Returns the storage of `page` to the system.
+    fn page_release(&self, page: PageId);
+    /// Copies all cells of page `from` into page `to`; both have storage.
+    fn page_copy(&self, from: PageId, to: PageId);
+    /// Makes `slot` the state of an empty sequence.
+    fn slot_reset(&self, slot: SlotId);
+    /// Copies the committed state of slot `from` into slot `to`.
+    fn slot_copy(&self, from: SlotId, to: SlotId);
+    /// Makes the first `n_rows` tentative rows (those after the certain ones) of the last step part of the
+    /// state of `slot`, and drops the others.
+    fn slot_commit(&self, slot: SlotId, n_rows: usize);
+    /// For the backend to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+}

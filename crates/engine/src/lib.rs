@@ -1,1 +1,30 @@
-//! Slots, the plan of a step, and step()
+#![forbid(unsafe_code)]
+//! The engine: slots that serve requests, the plan of a step, and [`Engine::step`].
+//!
+//! ```text
+//!  admit    waiting requests take free slots
+//!  draft    one drafter forward for all slots that draft this step
+//!  plan     rows of every slot: a prefill chunk, or the anchor and its draft (pure function, `plan.rs`)
+//!  forward  one target forward over all rows of all slots
+//!  verify   each slot's sampler walks its draft; what it would not have chosen never happened
+//!  commit   target memory, drafter memory
+//!  emit     text, stops, limits; finished slots are retired
+//! ```
+//!
+//! No clock, thread or I/O lives here: the same calls give the same events, so a seed replays a run. The engine
+//! names no architecture, drafter, tensor type or HTTP field.
+
+mod engine;
+mod event;
+mod plan;
+mod request;
+mod slot;
+
+pub use engine::{Counters, Engine, EngineConfig, Step, SubmitError, Target};
+pub use event::{Event, Finish, RequestError, SpeculationNote, Stats, TokenOut};
+pub use plan::{LanePlan, SlotView, StepPlan, plan};
+pub use request::{Request, RequestId};
+pub use slot::{Phase, SlotStatus};
+
+/// A token id.
+pub type Token = u32;

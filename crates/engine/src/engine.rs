@@ -1,0 +1,550 @@
+//! The step loop's body, and what may be asked of the engine between steps.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use paceline_backend::{Exec, Step as Forward, StepOut};
+use paceline_memory::{Memory, Usage};
+use paceline_sampling::{ParamError, Sampler};
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, verify};
+use paceline_text::Vocab;
+
+use crate::{
+    Event, Finish, Request, RequestError, RequestId, SpeculationNote, Stats, Token,
+    plan::{LanePlan, SlotView, StepPlan, plan},
+    slot::{Active, Phase, SlotStatus},
+};
+
+/// The model that decides: its compiled forward and the memory of its sequences.
+pub struct Target {
+    /// `[n_out, n_vocab]` logits, and the taps that the drafter asked for.
+    pub exec: Box<dyn Exec>,
+    /// Pages and slots.
+    pub memory: Memory,
+    /// Width of a logits row.
+    pub n_vocab: usize,
+}
+
+/// Sizes of an engine.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Requests served at once.
+    pub n_slot: usize,
+    /// Context of each slot, prompt and answer together.
+    pub n_ctx: usize,
+    /// About how many rows a step has. Drafts are never cut to fit.
+    pub n_ubatch: usize,
+    /// Most tokens drafted per slot and step.
+    pub n_draft_max: usize,
+    /// Requests that may wait for a slot.
+    pub n_queue_max: usize,
+    /// Recounts all memory after each step; for tests.
+    pub check_memory: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            n_slot: 4,
+            n_ctx: 4096,
+            n_ubatch: 512,
+            n_draft_max: 15,
+            n_queue_max: 64,
+            check_memory: false,
+        }
+    }
+}
+
+/// What a call to [`Engine::step`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// There was nothing to do.
+    Idle,
+    /// A forward ran.
+    Ran {
+        /// Its rows.
+        n_rows: usize,
+        /// Slots that took part.
+        n_lanes: usize,
+    },
+}
+
+/// Totals since the start, for metrics.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Target forwards.
+    pub n_step: u64,
+    /// Rows of all forwards.
+    pub n_row: u64,
+    /// Lanes of all forwards.
+    pub n_lane: u64,
+    /// The longest sequence so far.
+    pub n_tokens_max: u64,
+    /// Drafts verified, drafted tokens, accepted tokens.
+    pub drafts: (u64, u64, u64),
+    /// Accepted tokens by position in the draft.
+    pub accepted_by_position: Vec<u64>,
+    /// Requests that failed on unusable logits.
+    pub n_bad_logits: u64,
+    /// Drafts dropped as unusable.
+    pub n_bad_drafts: u64,
+}
+
+/// Why a request was not taken.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SubmitError {
+    /// Prompt and context do not fit.
+    #[error(
+        "the request has {n_prompt} prompt tokens, and the context of a slot has {n_ctx}, of which one is needed for \
+         the answer; shorten the prompt, or start with a larger -c or fewer slots (-np)"
+    )]
+    ContextExceeded {
+        /// Prompt tokens.
+        n_prompt: usize,
+        /// Context of a slot.
+        n_ctx: usize,
+    },
+    /// Too many requests wait already.
+    #[error("{n_waiting} requests are waiting already, the most allowed")]
+    QueueFull {
+        /// Waiting requests.
+        n_waiting: usize,
+    },
+    /// There is nothing to compute.
+    #[error("the prompt is empty: at least one token is needed")]
+    EmptyPrompt,
+    /// A token that the vocabulary does not have.
+    #[error("prompt token {token} at index {index} is out of range: the vocabulary has {n_vocab} tokens")]
+    BadToken {
+        /// The token.
+        token: Token,
+        /// Where it is.
+        index: usize,
+        /// Size of the vocabulary.
+        n_vocab: usize,
+    },
+    /// A slot that does not exist.
+    #[error("slot {slot} does not exist: there are {n_slot}")]
+    BadSlot {
+        /// The slot.
+        slot: usize,
+        /// Number of slots.
+        n_slot: usize,
+    },
+    /// A sampling parameter out of range.
+    #[error(transparent)]
+    Sampling(#[from] ParamError),
+}
+
+/// The engine. See the crate's documentation.
+pub struct Engine {
+    target: Target,
+    drafter: Option<Box<dyn Drafter>>,
+    vocab: Arc<Vocab>,
+    config: EngineConfig,
+    slots: Vec<Option<Active>>,
+    waiting: VecDeque<Request>,
+    counters: Counters,
+    out: StepOut,
+}
+
+impl Engine {
+    /// An engine that serves `target`, guessing with `drafter` where there is one.
+    pub fn new(target: Target, drafter: Option<Box<dyn Drafter>>, vocab: Arc<Vocab>, config: EngineConfig) -> Self {
+        assert!(config.n_slot > 0 && config.n_ctx > 1 && config.n_ubatch > 0, "{config:?}");
+        Engine {
+            slots: (0..config.n_slot).map(|_| None).collect(),
+            waiting: VecDeque::new(),
+            counters: Counters::default(),
+            out: StepOut::default(),
+            target,
+            drafter,
+            vocab,
+            config,
+        }
+    }
+
+    /// Takes a request, to be started when a slot is free.
+    pub fn submit(&mut self, mut request: Request) -> Result<(), SubmitError> {
+        let (n_prompt, n_ctx, n_vocab) = (request.prompt.len(), self.config.n_ctx, self.target.n_vocab);
+        if n_prompt == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if n_prompt >= n_ctx {
+            return Err(SubmitError::ContextExceeded { n_prompt, n_ctx });
+        }
+        if let Some(index) = request.prompt.iter().position(|&t| t as usize >= n_vocab) {
+            return Err(SubmitError::BadToken { token: request.prompt[index], index, n_vocab });
+        }
+        if let Some(slot) = request.slot.filter(|&slot| slot >= self.config.n_slot) {
+            return Err(SubmitError::BadSlot { slot, n_slot: self.config.n_slot });
+        }
+        request.sampling.validate(n_vocab)?;
+        let n_free = self.slots.iter().filter(|s| s.is_none()).count();
+        if self.waiting.len() >= self.config.n_queue_max + n_free {
+            return Err(SubmitError::QueueFull { n_waiting: self.waiting.len() });
+        }
+        if request.ignore_eos {
+            let eog = (0..n_vocab as Token).filter(|&t| self.vocab.is_eog(t));
+            request.sampling.logit_bias.extend(eog.map(|t| (t, f32::NEG_INFINITY)));
+        }
+        request.sampling.logit_bias.extend(self.vocab.suppressed().iter().map(|&t| (t, f32::NEG_INFINITY)));
+        self.waiting.push_back(request);
+        Ok(())
+    }
+
+    /// Ends a request without an answer; its slot is free at once. False if it was not known any more.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        if let Some(at) = self.waiting.iter().position(|r| r.id == id) {
+            self.waiting.remove(at);
+            return true;
+        }
+        match self.slots.iter().position(|s| s.as_ref().is_some_and(|a| a.request == id)) {
+            Some(slot) => {
+                self.retire(slot);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// True if a step would find something to do.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || self.slots.iter().any(Option::is_some)
+    }
+
+    /// One step: admit, draft, plan, forward, verify, commit, emit.
+    pub fn step(&mut self, events: &mut Vec<Event>) -> Step {
+        self.admit(events);
+        let mut drafts = self.draft();
+        let views: Vec<SlotView> = self
+            .slots
+            .iter()
+            .enumerate()
+            .filter_map(|(slot, active)| {
+                let n_gap = active.as_ref()?.n_gap();
+                Some(SlotView { slot, n_gap, n_draft: drafts[slot].tokens.len() })
+            })
+            .collect();
+        let plan = self.prepare(plan(&views, self.config.n_ubatch), &mut drafts, events);
+        if plan.lanes.is_empty() {
+            return Step::Idle;
+        }
+        self.forward(&plan, &drafts);
+        let finished = self.verify_and_commit(&plan, &drafts, events);
+        for slot in finished {
+            self.retire(slot);
+        }
+        self.count(&plan);
+        if self.config.check_memory {
+            self.target.memory.check();
+        }
+        Step::Ran { n_rows: plan.n_rows(), n_lanes: plan.lanes.len() }
+    }
+
+    fn admit(&mut self, events: &mut Vec<Event>) {
+        let mut at = 0;
+        while at < self.waiting.len() {
+            let free = match self.waiting[at].slot {
+                Some(wanted) => Some(wanted).filter(|&slot| self.slots[slot].is_none()),
+                None => self.slots.iter().position(Option::is_none),
+            };
+            let (Some(slot), true) = (free, at < self.waiting.len()) else {
+                at += 1;
+                continue;
+            };
+            let Some(request) = self.waiting.remove(at) else { break };
+            let n_draft_max = request.n_draft_max.unwrap_or(usize::MAX).min(self.config.n_draft_max);
+            let note = match &self.drafter {
+                None => SpeculationNote::NoDrafter,
+                Some(_) if n_draft_max == 0 => SpeculationNote::OffByRequest,
+                Some(_) => SpeculationNote::Active,
+            };
+            let mut sampler = Sampler::new(request.sampling.clone(), self.target.n_vocab);
+            sampler.accept_prompt(&request.prompt);
+            let seq = self.target.memory.create();
+            events.push(Event::Started { request: request.id, slot, n_cached: 0 });
+            let mut active = Active::new(request, seq, sampler, n_draft_max, self.config.n_ctx, self.vocab.clone());
+            active.stats.speculation = note;
+            self.slots[slot] = Some(active);
+        }
+    }
+
+    /// Drafts for every slot that can use one, in one drafter forward; by slot, empty where there is none.
+    fn draft(&mut self) -> Vec<Draft> {
+        let mut drafts = vec![Draft::default(); self.slots.len()];
+        let Some(drafter) = &mut self.drafter else { return drafts };
+        let n_draft_max = drafter.n_draft_max();
+        let mut drafting = Vec::new();
+        let mut requests = Vec::new();
+        for (slot, active) in self.slots.iter_mut().enumerate() {
+            let Some(active) = active.as_mut().filter(|a| follows(a)) else { continue };
+            let n_max = active.n_draft_room().min(n_draft_max);
+            if n_max > 0 {
+                drafting.push(slot);
+                requests.push(DraftRequest {
+                    seq: active.seq,
+                    anchor: active.tokens[active.n_computed],
+                    position: active.n_computed,
+                    n_max,
+                    sampler: &mut active.sampler,
+                });
+            }
+        }
+        if requests.is_empty() {
+            return drafts;
+        }
+        let n_max: Vec<usize> = requests.iter().map(|r| r.n_max).collect();
+        let answers = drafter.draft(&mut requests);
+        drop(requests);
+        assert_eq!(answers.len(), drafting.len(), "the drafter must answer every request");
+        for ((slot, n_max), mut draft) in drafting.into_iter().zip(n_max).zip(answers) {
+            let Some(active) = &mut self.slots[slot] else { continue };
+            // A drafter's word is not trusted: an id out of range would index past tables further on.
+            let in_range = draft.tokens.iter().all(|&t| (t as usize) < self.target.n_vocab);
+            let fault = match draft.fault.take() {
+                None if !in_range => Some("it proposed a token that the vocabulary does not have".to_string()),
+                fault => fault,
+            };
+            if let Some(reason) = fault {
+                self.counters.n_bad_drafts += 1;
+                active.stats.speculation = SpeculationNote::Faulted(reason);
+                drafter.forget(active.seq);
+                continue;
+            }
+            draft.tokens.truncate(n_max);
+            drafts[slot] = draft;
+        }
+        drafts
+    }
+
+    /// Makes room for the plan's rows. Where there is none for a draft, it is dropped; where there is none for
+    /// the known tokens, the request fails.
+    fn prepare(&mut self, plan: StepPlan, drafts: &mut [Draft], events: &mut Vec<Event>) -> StepPlan {
+        let mut lanes = Vec::with_capacity(plan.lanes.len());
+        for mut lane in plan.lanes {
+            let Some(active) = &self.slots[lane.slot] else { continue };
+            let mut room = self.target.memory.prepare(active.seq, lane.n_known + lane.n_draft, lane.n_known);
+            if room.is_err() && lane.n_draft > 0 {
+                lane.n_draft = 0;
+                drafts[lane.slot] = Draft::default();
+                room = self.target.memory.prepare(active.seq, lane.n_known, lane.n_known);
+            }
+            match room {
+                Ok(()) => lanes.push(lane),
+                Err(error) => {
+                    let (request, stats) = (active.request, active.stats.clone());
+                    events.push(Event::Failed { request, error: RequestError::NoRoom(error), stats });
+                    self.retire(lane.slot);
+                }
+            }
+        }
+        StepPlan { lanes }
+    }
+
+    fn forward(&mut self, plan: &StepPlan, drafts: &[Draft]) {
+        let n_rows = plan.n_rows();
+        let (mut tokens, mut positions) = (Vec::with_capacity(n_rows), Vec::with_capacity(n_rows));
+        let (mut lanes, mut outputs) = (Vec::with_capacity(plan.lanes.len()), Vec::new());
+        for lane in &plan.lanes {
+            let Some(active) = &self.slots[lane.slot] else { continue };
+            let first = tokens.len();
+            lanes.push(self.target.memory.lane(active.seq, first));
+            tokens.extend(&active.tokens[active.n_computed..active.n_computed + lane.n_known]);
+            tokens.extend(&drafts[lane.slot].tokens);
+            positions.extend((active.n_computed as u32..).take(lane.n_known + lane.n_draft));
+            if lane.closes {
+                outputs.extend((first + lane.n_known - 1) as u32..tokens.len() as u32);
+            }
+        }
+        let step =
+            Forward { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
+        self.target.exec.run(&step, &mut self.out);
+    }
+
+    /// Verifies every lane, commits what is final in both memories, and emits. Returns the slots that are done.
+    fn verify_and_commit(&mut self, plan: &StepPlan, drafts: &[Draft], events: &mut Vec<Event>) -> Vec<usize> {
+        let mut finished = Vec::new();
+        let mut moved = Vec::with_capacity(plan.lanes.len());
+        let (mut row, mut output) = (0, 0);
+        for lane in &plan.lanes {
+            let Some(active) = &mut self.slots[lane.slot] else { continue };
+            let first_row = row;
+            row += lane.n_known + lane.n_draft;
+            let first_position = active.n_computed;
+            let mut n_final = lane.n_known;
+            if lane.closes {
+                let logits = |i: usize| self.out.output_row(output + i);
+                let outcome = decide(active, lane, &drafts[lane.slot], logits);
+                output += lane.n_draft + 1;
+                match outcome {
+                    Ok(decided) => {
+                        n_final += decided.n_taken - 1;
+                        for (i, n) in self.counters.accepted_by_position.iter_mut().enumerate() {
+                            *n += u64::from(i < decided.n_accepted);
+                        }
+                        let extra = decided.n_accepted.saturating_sub(self.counters.accepted_by_position.len());
+                        self.counters.accepted_by_position.extend(vec![1; extra]);
+                        let (drafts, drafted, accepted) = &mut self.counters.drafts;
+                        *drafts += u64::from(lane.n_draft > 0);
+                        *drafted += lane.n_draft as u64;
+                        *accepted += decided.n_accepted as u64;
+                        if decided.done {
+                            finished.push(lane.slot);
+                        }
+                        events.extend(decided.events);
+                    }
+                    Err(error) => {
+                        self.counters.n_bad_logits += 1;
+                        let (request, stats) = (active.request, active.stats.clone());
+                        events.push(Event::Failed { request, error, stats });
+                        finished.push(lane.slot);
+                    }
+                }
+            } else {
+                events.push(Event::Prefill {
+                    request: active.request,
+                    n_computed: active.n_computed + lane.n_known,
+                    n_prompt: active.stats.n_prompt,
+                });
+            }
+            self.target.memory.commit(active.seq, n_final);
+            active.n_computed += n_final;
+            if follows(active) && !finished.contains(&lane.slot) {
+                moved.push((lane.slot, first_position, first_row..first_row + n_final));
+            }
+        }
+        if let Some(drafter) = &mut self.drafter {
+            let kept: Vec<Kept<'_>> = moved
+                .iter()
+                .filter_map(|(slot, first_position, rows)| {
+                    let active = self.slots[*slot].as_ref()?;
+                    Some(Kept {
+                        seq: active.seq,
+                        first_position: *first_position,
+                        tokens: &active.tokens[*first_position..first_position + rows.len()],
+                        taps: self.out.taps_rows(rows.clone()),
+                    })
+                })
+                .collect();
+            if !kept.is_empty() {
+                drafter.commit(&kept);
+            }
+        }
+        finished
+    }
+
+    fn retire(&mut self, slot: usize) {
+        let Some(active) = self.slots[slot].take() else { return };
+        self.target.memory.free(active.seq);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget(active.seq);
+        }
+    }
+
+    fn count(&mut self, plan: &StepPlan) {
+        self.counters.n_step += 1;
+        self.counters.n_row += plan.n_rows() as u64;
+        self.counters.n_lane += plan.lanes.len() as u64;
+        let longest = self.slots.iter().flatten().map(|a| a.tokens.len() as u64).max().unwrap_or(0);
+        self.counters.n_tokens_max = self.counters.n_tokens_max.max(longest);
+    }
+
+    /// What each slot is doing.
+    pub fn slots(&self) -> Vec<SlotStatus> {
+        self.slots
+            .iter()
+            .enumerate()
+            .map(|(id, active)| match active {
+                Some(active) => active.status(id),
+                None => SlotStatus {
+                    id,
+                    phase: Phase::Idle,
+                    request: None,
+                    n_prompt: 0,
+                    n_prompt_computed: 0,
+                    n_predicted: 0,
+                    n_remaining: None,
+                    n_draft: (0, 0),
+                },
+            })
+            .collect()
+    }
+
+    /// Requests that wait for a slot.
+    pub fn n_waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Totals since the start.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// The sizes it was made with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// What the target's memory holds.
+    pub fn usage(&self) -> Usage {
+        self.target.memory.usage()
+    }
+
+    /// The drafter, where there is one.
+    pub fn drafter(&self) -> Option<&dyn Drafter> {
+        self.drafter.as_deref()
+    }
+}
+
+/// True if the drafter follows this request: it was given all its rows and may be asked for drafts.
+fn follows(active: &Active) -> bool {
+    matches!(active.stats.speculation, SpeculationNote::Active | SpeculationNote::Useless)
+}
+
+/// What a verify came to.
+struct Decided {
+    n_taken: usize,
+    n_accepted: usize,
+    done: bool,
+    events: Vec<Event>,
+}
+
+/// Lets the sampler of `active` walk the draft and takes what it chose.
+fn decide<'a>(
+    active: &mut Active,
+    lane: &LanePlan,
+    draft: &Draft,
+    logits: impl Fn(usize) -> &'a [f32],
+) -> Result<Decided, RequestError> {
+    let next = active.tokens.len();
+    let mut failure = None;
+    let sampler = &mut active.sampler;
+    let verdict = verify(
+        &draft.tokens[..lane.n_draft],
+        |i| match sampler.choose((next + i) as u64, logits(i)) {
+            Ok(choice) => {
+                sampler.accept(choice.token);
+                Some((choice.token, choice.logprobs))
+            }
+            Err(error) => {
+                failure = Some(RequestError::Logits { position: next - 1 + i, reason: error.to_string() });
+                None
+            }
+        },
+        |choice| choice.0,
+    );
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    let (text, tokens, finish) = active.take(verdict.chosen, verdict.n_accepted);
+    let (n_taken, n_accepted) = (tokens.len(), verdict.n_accepted.min(tokens.len()));
+    active.count_draft(lane.n_draft, n_accepted);
+    let request = active.request;
+    let mut events = vec![Event::Tokens { request, text, tokens }];
+    if let Some(finish) = &finish {
+        let text = active.finish_text(finish);
+        let stats: Stats = active.stats.clone();
+        events.push(Event::Done { request, text, finish: Finish::clone(finish), stats });
+    }
+    Ok(Decided { n_taken, n_accepted, done: finish.is_some(), events })
+}

@@ -1,0 +1,70 @@
+//! The interface of a source of drafts.
+
+use paceline_memory::SeqId;
+use paceline_sampling::Sampler;
+
+use crate::Token;
+
+/// What a sequence asks of a drafter in one step.
+pub struct DraftRequest<'a> {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Its last token, sampled and not yet computed by the target.
+    pub anchor: Token,
+    /// Position of the anchor, which is the number of committed tokens.
+    pub position: usize,
+    /// Most tokens wanted, at least 1.
+    pub n_max: usize,
+    /// The request's sampler: [`Sampler::propose`] couples the drafter's choice to the target's by common noise.
+    pub sampler: &'a mut Sampler,
+}
+
+/// A guess at the tokens that follow an anchor.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Draft {
+    /// The tokens at `position + 1 ..`; empty is a fine answer.
+    pub tokens: Vec<Token>,
+    /// The drafter's own probability of each token.
+    pub q: Vec<f32>,
+    /// Set if the drafter found its own output unusable (not finite): the reason, for the log and the reply.
+    pub fault: Option<String>,
+}
+
+/// Rows of a sequence that became final in a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept<'a> {
+    /// The sequence.
+    pub seq: SeqId,
+    /// Position of the first row.
+    pub first_position: usize,
+    /// The rows' tokens.
+    pub tokens: &'a [Token],
+    /// `[tokens.len(), width]`: the tapped states of the rows, layers side by side in the order of
+    /// [`Drafter::taps`].
+    pub taps: &'a [f32],
+}
+
+/// Proposes tokens and never decides: a bad draft costs time, never correctness.
+pub trait Drafter: Send {
+    /// The registered name, e.g. `dflash`.
+    fn name(&self) -> &'static str;
+    /// One line with what was understood of the file: the line that settles "low acceptance" reports.
+    fn contract(&self) -> String;
+    /// Target layers whose outputs [`commit`](Self::commit) wants to see.
+    fn taps(&self) -> &[usize] {
+        &[]
+    }
+    /// The most tokens that one draft can have.
+    fn n_draft_max(&self) -> usize;
+    /// One draft per request, at most `n_max` tokens each, in one forward for all of them. Tentative: what a
+    /// drafter remembers is the same before and after.
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft>;
+    /// These rows, prompt or accepted, are final. Called once per step, for all sequences that moved.
+    fn commit(&mut self, kept: &[Kept<'_>]);
+    /// The sequence is gone.
+    fn forget(&mut self, seq: SeqId);
+    /// Bytes held for sequences at present.
+    fn state_bytes(&self) -> usize {
+        0
+    }
+}
