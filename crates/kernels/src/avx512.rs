@@ -1,0 +1,81 @@
+//! Kernels for AVX-512F: sixteen floats in a vector.
+
+use crate::delta::DeltaToken;
+use crate::matmul::WeightRows;
+use crate::simd::{self, Simd, kernel_table};
+use crate::table::KernelTable;
+use half::f16;
+use std::arch::x86_64::*;
+
+kernel_table!(
+    F32x16,
+    "avx512",
+    "avx512f,avx2,fma,f16c",
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+);
+
+#[derive(Clone, Copy)]
+struct F32x16(__m512);
+
+impl Simd for F32x16 {
+    const LANES: usize = 16;
+    const COLUMNS: usize = 4; // 4 x 4 sums, 4 weights and a column fit 32 registers
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_set1_ps(value) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: AVX-512F and sixteen readable floats by contract.
+        Self(unsafe { _mm512_loadu_ps(from) })
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: AVX-512F and sixteen readable halves, which are 32 bytes, by contract.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: AVX-512F and sixteen writable floats by contract.
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_fmadd_ps(self.0, factor.0, term.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        // Spelled out because the order of `_mm512_reduce_add_ps` is nobody's promise.
+        // SAFETY: AVX-512F by contract. Lane i and i + 8, then i + 4, then i + 2, then i + 1.
+        unsafe {
+            let eight = _mm512_add_ps(self.0, _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0));
+            let four = _mm512_add_ps(eight, _mm512_shuffle_f32x4::<0b10_11_00_01>(eight, eight));
+            let four = _mm512_castps512_ps128(four);
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+}

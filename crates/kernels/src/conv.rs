@@ -1,0 +1,80 @@
+//! The short convolution in front of a recurrence: depthwise, causal, a few tokens wide.
+//!
+//! ```text
+//! out[ch] = silu( Σ_j w[ch][j] · u_(t - width + 1 + j)[ch] )       tap width-1 is the current token
+//! ```
+//!
+//! The inputs come as one slice for each tap, oldest first, so that committed rows, tentative rows
+//! and (in a tree) the row's own ancestors mix freely; before the start of a sequence they are
+//! zeros. Weights are `[channels, width]`, tap fastest, as GGUF stores them. The sum runs from the
+//! oldest tap to the current one.
+
+use crate::act::silu;
+
+/// One row's output for the channels that the slices cover: `taps` is `width` rows of
+/// `[channels]`, `weights` is `[channels, width]`, `out` is `[channels]`.
+pub fn short_conv_silu(taps: &[&[f32]], weights: &[f32], out: &mut [f32]) {
+    let width = taps.len();
+    assert_eq!(weights.len(), out.len() * width, "conv weights [{}, {width}]", out.len());
+    for (j, tap) in taps.iter().enumerate() {
+        assert_eq!(tap.len(), out.len(), "channels of tap {j}");
+    }
+    match taps {
+        // The width of every model so far, with the loop over taps unrolled.
+        [a, b, c, d] => {
+            let (weights, _) = weights.as_chunks::<4>();
+            for (ch, (out, w)) in out.iter_mut().zip(weights).enumerate() {
+                *out = silu(w[0] * a[ch] + w[1] * b[ch] + w[2] * c[ch] + w[3] * d[ch]);
+            }
+        }
+        _ => {
+            for (ch, (out, w)) in out.iter_mut().zip(weights.chunks_exact(width)).enumerate() {
+                let products = w.iter().zip(taps).map(|(w, tap)| w * tap[ch]);
+                *out = silu(products.reduce(|sum, product| sum + product).unwrap_or(0.0));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(taps: &[&[f32]], weights: &[f32], expected: &[f32]) {
+        let mut out = vec![f32::NAN; expected.len()];
+        short_conv_silu(taps, weights, &mut out);
+        assert_eq!(out, expected);
+    }
+
+    #[test]
+    fn each_channel_has_its_own_taps_oldest_first() {
+        check(&[&[1.0, 2.0], &[3.0, 4.0]], &[10.0, 1.0, 0.0, -1.0], &[silu(13.0), silu(-4.0)]);
+    }
+
+    #[test]
+    fn width_four() {
+        let taps: [&[f32]; 4] = [&[1.0, 0.5], &[2.0, 0.5], &[4.0, 0.5], &[8.0, 0.5]];
+        let weights = [1.0, -1.0, 0.5, 0.25, 2.0, 2.0, 2.0, 2.0];
+        check(&taps, &weights, &[silu(3.0), silu(4.0)]);
+    }
+
+    #[test]
+    fn nothing_before_the_start() {
+        check(&[&[0.0], &[0.0], &[0.0], &[3.0]], &[9.0, 9.0, 9.0, 0.5], &[silu(1.5)]);
+    }
+
+    #[test]
+    fn width_four_sums_like_any_other() {
+        let row = |seed: f32| (0..37).map(|i| (seed + i as f32 * 1.7).sin()).collect::<Vec<_>>();
+        let rows: Vec<_> = [0.1, 0.2, 0.3, 0.4, 0.5].into_iter().map(row).collect();
+        let four: Vec<&[f32]> = rows[1..].iter().map(Vec::as_slice).collect();
+        let five: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let w4: Vec<f32> = (0..37 * 4).map(|i| (i as f32).cos()).collect();
+        // The same weights behind an oldest tap of zero; 0·x + y is y.
+        let w5: Vec<f32> = w4.chunks(4).flat_map(|w| std::iter::once(&0.0).chain(w)).copied().collect();
+        let (mut out4, mut out5) = (vec![0.0; 37], vec![0.0; 37]);
+        short_conv_silu(&four, &w4, &mut out4);
+        short_conv_silu(&five, &w5, &mut out5);
+        assert_eq!(out4, out5);
+    }
+}

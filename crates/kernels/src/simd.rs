@@ -1,0 +1,387 @@
+//! The vector kernels, once for all instruction sets.
+//!
+//! An instruction set brings a vector of floats ([`Simd`]); the bodies here are generic over it
+//! and are inlined into functions that enable its features ([`kernel_table!`]). Sums run over lane
+//! accumulators in one fixed order; a tail shorter than a vector is padded with zeros and takes
+//! the same path, so no length has an order of its own.
+
+use crate::delta::DeltaToken;
+use crate::matmul::WeightRows;
+use half::f16;
+
+/// A vector of f32.
+///
+/// # Safety contract of all methods
+/// The CPU has the features of the instruction set. `load`, `load_f16` and `store` take a pointer
+/// to `LANES` elements, readable or writable, of any alignment.
+pub(crate) trait Simd: Copy {
+    /// Floats in a vector.
+    const LANES: usize;
+    /// Columns of a matrix product that fit in registers beside `ROWS` weight rows.
+    const COLUMNS: usize;
+
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_f16(from: *const f16) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    /// `self · factor + term`, rounded once.
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
+    /// The sum of the lanes, in one fixed order.
+    unsafe fn sum(self) -> f32;
+}
+
+/// The most lanes of any [`Simd`].
+const MAX_LANES: usize = 16;
+/// Weight rows that a block of the matrix product holds in registers.
+const ROWS: usize = 4;
+/// Weight rows that are widened together when many columns share them: the columns are then read
+/// from a farther cache once for 16 rows, not once for 4.
+const GROUP: usize = 16;
+/// Independent accumulators of a lone dot product, which hide the latency of the additions.
+const CHAINS: usize = 4;
+
+/// An element type that vectors can be loaded from.
+pub(crate) trait Element: Copy + Default {
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(from: *const Self) -> S;
+    fn widen(self) -> f32;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(from) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16(from) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+/// Loads the `n < LANES` elements at `from`; the other lanes are zero.
+///
+/// # Safety
+/// The CPU has the features of `S`; `from` points to `n` readable elements.
+#[inline(always)]
+unsafe fn load_tail<S: Simd, E: Element>(from: *const E, n: usize) -> S {
+    let mut lanes = [E::default(); MAX_LANES];
+    debug_assert!(n < S::LANES && S::LANES <= MAX_LANES);
+    // SAFETY: `n` elements are readable by the caller's promise, and fit.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+        E::load(lanes.as_ptr())
+    }
+}
+
+/// `Σ a[i]·b[i]`: vector `i` goes to accumulator `i mod CHAINS`, and the accumulators are added in
+/// order.
+///
+/// # Safety
+/// The CPU has the features of `S`; the lengths are equal.
+#[inline(always)]
+pub(crate) unsafe fn dot<S: Simd, E: Element>(a: &[f32], b: &[E]) -> f32 {
+    let (n, pa, pb) = (a.len(), a.as_ptr(), b.as_ptr());
+    // SAFETY: all loads are at `i` with `i + LANES <= n`, or of the `n - i` elements that remain.
+    unsafe {
+        let mut sums = [S::splat(0.0); CHAINS];
+        let mut i = 0;
+        while i + CHAINS * S::LANES <= n {
+            for (c, sum) in sums.iter_mut().enumerate() {
+                let at = i + c * S::LANES;
+                *sum = S::load(pa.add(at)).mul_add(E::load(pb.add(at)), *sum);
+            }
+            i += CHAINS * S::LANES;
+        }
+        // Fewer than CHAINS whole vectors remain, then a part of one; unrolled, so that the
+        // accumulators stay in registers.
+        for sum in &mut sums {
+            if i + S::LANES <= n {
+                *sum = S::load(pa.add(i)).mul_add(E::load(pb.add(i)), *sum);
+                i += S::LANES;
+            } else if i < n {
+                let (a, b) = (load_tail::<S, _>(pa.add(i), n - i), load_tail::<S, _>(pb.add(i), n - i));
+                *sum = a.mul_add(b, *sum);
+                i = n;
+            }
+        }
+        sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
+    }
+}
+
+/// `acc[i] += a·x[i]`, each rounded once.
+///
+/// # Safety
+/// The CPU has the features of `S`; the lengths are equal.
+#[inline(always)]
+pub(crate) unsafe fn axpy<S: Simd, E: Element>(acc: &mut [f32], a: f32, x: &[E]) {
+    let (n, pacc, px) = (acc.len(), acc.as_mut_ptr(), x.as_ptr());
+    let mut i = 0;
+    // SAFETY: all accesses are at `i` with `i + LANES <= n`.
+    unsafe {
+        let factor = S::splat(a);
+        while i + S::LANES <= n {
+            E::load::<S>(px.add(i)).mul_add(factor, S::load(pacc.add(i))).store(pacc.add(i));
+            i += S::LANES;
+        }
+    }
+    for (acc, x) in acc[i..].iter_mut().zip(&x[i..]) {
+        *acc = x.widen().mul_add(a, *acc);
+    }
+}
+
+/// `x[i] *= a`.
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+pub(crate) unsafe fn scale<S: Simd>(x: &mut [f32], a: f32) {
+    // One correctly rounded product for each element in any width: the compiler may choose.
+    x.iter_mut().for_each(|x| *x *= a);
+}
+
+/// [`matmul`](crate::matmul).
+///
+/// # Safety
+/// The CPU has the features of `S`; `WeightRows::checked_columns` has passed and gave `n`.
+#[inline(always)]
+pub(crate) unsafe fn matmul_tile<S: Simd>(
+    w: &WeightRows<'_>,
+    x: &[f32],
+    scratch: &mut Vec<f32>,
+    out: &mut [f32],
+) {
+    let n = x.len() / w.n_in;
+    let group = if n > S::COLUMNS { GROUP } else { ROWS };
+    // A padded row keeps the rows of a group off each other's cache sets.
+    let stride = w.n_in.next_multiple_of(MAX_LANES) + MAX_LANES;
+    if scratch.len() < group * stride + MAX_LANES {
+        scratch.resize(group * stride + MAX_LANES, 0.0);
+    }
+    // Aligned to a cache line, if the allocator left it to us.
+    let aligned = scratch.as_ptr().align_offset(64).min(MAX_LANES);
+    let rows = &mut scratch[aligned..];
+
+    for first in (0..w.n_rows).step_by(group) {
+        let n_group = group.min(w.n_rows - first);
+        for r in 0..n_group {
+            w.dequantize_row(first + r, &mut rows[r * stride..r * stride + w.n_in]);
+        }
+        let mut c = 0;
+        while c < n {
+            let n_columns = S::COLUMNS.min(n - c);
+            let mut r = 0;
+            while r < n_group {
+                let n_rows = if n_group - r >= ROWS { ROWS } else { 1 };
+                let block = Block {
+                    w: &rows[r * stride..(r + n_rows - 1) * stride + w.n_in],
+                    w_stride: stride,
+                    x: &x[c * w.n_in..(c + n_columns) * w.n_in],
+                    n_in: w.n_in,
+                    out: &mut out[c * w.n_rows + first + r..],
+                    out_stride: w.n_rows,
+                };
+                // SAFETY: the slices above hold `n_rows` rows and `n_columns` columns.
+                unsafe {
+                    match (n_rows, n_columns) {
+                        (ROWS, 1) => block.product::<S, ROWS, 1>(),
+                        (ROWS, 2) => block.product::<S, ROWS, 2>(),
+                        (ROWS, 3) => block.product::<S, ROWS, 3>(),
+                        (ROWS, _) => block.product::<S, ROWS, 4>(),
+                        (_, 1) => block.product::<S, 1, 1>(),
+                        (_, 2) => block.product::<S, 1, 2>(),
+                        (_, 3) => block.product::<S, 1, 3>(),
+                        (_, _) => block.product::<S, 1, 4>(),
+                    }
+                }
+                r += n_rows;
+            }
+            c += n_columns;
+        }
+    }
+}
+
+/// A few weight rows and a few columns, whose products are accumulated in registers.
+struct Block<'a> {
+    w: &'a [f32],
+    w_stride: usize,
+    x: &'a [f32],
+    n_in: usize,
+    out: &'a mut [f32],
+    out_stride: usize,
+}
+
+impl Block<'_> {
+    /// # Safety
+    /// The CPU has the features of `S`; `w` holds `R` rows and `x` `C` rows of `n_in` floats.
+    #[inline(always)]
+    unsafe fn product<S: Simd, const R: usize, const C: usize>(self) {
+        debug_assert_eq!(self.w.len(), (R - 1) * self.w_stride + self.n_in);
+        debug_assert_eq!(self.x.len(), C * self.n_in);
+        let (w, x) = (self.w.as_ptr(), self.x.as_ptr());
+        // SAFETY: row `r` starts at `r * w_stride`, column `c` at `c * n_in`; all loads are at `i`
+        // with `i + LANES <= n_in` from there, or of the `n_in - i` elements that remain.
+        let sums = unsafe {
+            let mut sums = [[S::splat(0.0); R]; C];
+            let mut i = 0;
+            while i + S::LANES <= self.n_in {
+                let mut weights = [S::splat(0.0); R];
+                for r in 0..R {
+                    weights[r] = S::load(w.add(r * self.w_stride + i));
+                }
+                for c in 0..C {
+                    let x = S::load(x.add(c * self.n_in + i));
+                    for r in 0..R {
+                        sums[c][r] = weights[r].mul_add(x, sums[c][r]);
+                    }
+                }
+                i += S::LANES;
+            }
+            if i < self.n_in {
+                let n = self.n_in - i;
+                for c in 0..C {
+                    let x = load_tail::<S, _>(x.add(c * self.n_in + i), n);
+                    for r in 0..R {
+                        let w = load_tail::<S, _>(w.add(r * self.w_stride + i), n);
+                        sums[c][r] = w.mul_add(x, sums[c][r]);
+                    }
+                }
+            }
+            sums
+        };
+        for c in 0..C {
+            for r in 0..R {
+                // SAFETY: the CPU has the features.
+                self.out[c * self.out_stride + r] = unsafe { sums[c][r].sum() };
+            }
+        }
+    }
+}
+
+/// One token of the delta rule; a `query` is given exactly if an output is wanted, and makes no
+/// difference to the state.
+///
+/// # Safety
+/// The CPU has the features of `S`; `DeltaToken::check_state` and `check_output` have passed.
+#[inline(always)]
+pub(crate) unsafe fn delta<S: Simd, const OUTPUT: bool>(
+    state: &mut [f32],
+    token: &DeltaToken<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let dim_k = token.k.len();
+    let n_vectors = dim_k / S::LANES * S::LANES;
+    let tail = dim_k - n_vectors;
+    let (k, q) = (token.k.as_ptr(), q.as_ptr());
+    for (j, row) in state.chunks_exact_mut(dim_k).enumerate() {
+        let row = row.as_mut_ptr();
+        // SAFETY: `row` and `k`, and `q` if there is an output, hold `dim_k` floats. Loads and
+        // stores are at `i` with `i + LANES <= dim_k`, or of the `tail` that remains.
+        unsafe {
+            let decay = S::splat(token.decay);
+            let mut recalled = S::splat(0.0);
+            for i in (0..n_vectors).step_by(S::LANES) {
+                recalled = S::load(row.add(i)).mul(decay).mul_add(S::load(k.add(i)), recalled);
+            }
+            let mut last = S::splat(0.0);
+            if tail > 0 {
+                last = load_tail::<S, _>(row.add(n_vectors), tail).mul(decay);
+                recalled = last.mul_add(load_tail::<S, _>(k.add(n_vectors), tail), recalled);
+            }
+            let d = S::splat(token.beta * (token.v[j] - recalled.sum()));
+
+            let mut read = S::splat(0.0);
+            for i in (0..n_vectors).step_by(S::LANES) {
+                let updated = d.mul_add(S::load(k.add(i)), S::load(row.add(i)).mul(decay));
+                updated.store(row.add(i));
+                if OUTPUT {
+                    read = updated.mul_add(S::load(q.add(i)), read);
+                }
+            }
+            if tail > 0 {
+                let updated = d.mul_add(load_tail::<S, _>(k.add(n_vectors), tail), last);
+                let mut lanes = [0.0f32; MAX_LANES];
+                updated.store(lanes.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), row.add(n_vectors), tail);
+                if OUTPUT {
+                    read = updated.mul_add(load_tail::<S, _>(q.add(n_vectors), tail), read);
+                }
+            }
+            if OUTPUT {
+                out[j] = read.sum();
+            }
+        }
+    }
+}
+
+/// Writes an instruction set's `table()`: for each kernel a safe function that checks the shapes,
+/// and behind it the generic body with the features enabled. `table` must be the only way in,
+/// and must have detected all of `$features`.
+macro_rules! kernel_table {
+    ($vector:ty, $isa:literal, $features:literal, $detected:expr) => {
+        /// This instruction set's kernels: none unless this CPU has all it needs.
+        pub fn table() -> Option<KernelTable> {
+            $detected.then_some(KernelTable {
+                isa: $isa,
+                dot,
+                dot_f16,
+                axpy,
+                axpy_f16,
+                scale,
+                matmul_tile,
+                delta_step,
+                delta_advance,
+            })
+        }
+
+        kernel_table!(@kernel $features, dot(a: &[f32], b: &[f32]) -> f32,
+            assert_eq!(a.len(), b.len()), simd::dot::<$vector, f32>(a, b));
+        kernel_table!(@kernel $features, dot_f16(a: &[f32], b: &[f16]) -> f32,
+            assert_eq!(a.len(), b.len()), simd::dot::<$vector, f16>(a, b));
+        kernel_table!(@kernel $features, axpy(acc: &mut [f32], a: f32, x: &[f32]) -> (),
+            assert_eq!(acc.len(), x.len()), simd::axpy::<$vector, f32>(acc, a, x));
+        kernel_table!(@kernel $features, axpy_f16(acc: &mut [f32], a: f32, x: &[f16]) -> (),
+            assert_eq!(acc.len(), x.len()), simd::axpy::<$vector, f16>(acc, a, x));
+        kernel_table!(@kernel $features, scale(x: &mut [f32], a: f32) -> (),
+            (), simd::scale::<$vector>(x, a));
+        kernel_table!(@kernel $features,
+            matmul_tile(w: &WeightRows<'_>, x: &[f32], scratch: &mut Vec<f32>, out: &mut [f32]) -> (),
+            { w.checked_columns(x, out); }, simd::matmul_tile::<$vector>(w, x, scratch, out));
+        kernel_table!(@kernel $features,
+            delta_step(state: &mut [f32], token: &DeltaToken<'_>, q: &[f32], out: &mut [f32]) -> (),
+            { token.check_state(state); token.check_output(q, out); },
+            simd::delta::<$vector, true>(state, token, q, out));
+        kernel_table!(@kernel $features,
+            delta_advance(state: &mut [f32], token: &DeltaToken<'_>) -> (),
+            token.check_state(state), simd::delta::<$vector, false>(state, token, &[], &mut []));
+    };
+    (@kernel $features:literal, $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty, $check:expr, $body:expr) => {
+        fn $name($($arg: $ty),*) -> $ret {
+            #[target_feature(enable = $features)]
+            fn with_features($($arg: $ty),*) -> $ret {
+                // SAFETY: the features are enabled here, and the caller has checked the shapes.
+                unsafe { $body }
+            }
+            $check;
+            // SAFETY: private, and `table` hands it out only after detecting the features.
+            unsafe { with_features($($arg),*) }
+        }
+    };
+}
+pub(crate) use kernel_table;
