@@ -121,3 +121,140 @@ impl<'a> RunningSoftmax<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+    use proptest::prelude::*;
+
+    const DIM: usize = 21;
+    /// Cells are wider than a head, and the head is not their first.
+    const STRIDE: usize = 30;
+    const OFFSET: usize = 5;
+
+    fn query(q: &[f32]) -> Query<'_> {
+        Query { q, scale: 0.4, softcap: None }
+    }
+
+    fn rows(data: KvData<'_>) -> KvRows<'_> {
+        KvRows { data, stride: STRIDE, offset: OFFSET }
+    }
+
+    fn noise(n: usize, seed: f32) -> Vec<f32> {
+        (0..n).map(|i| 3.0 * (seed + i as f32 * 12.9898).sin()).collect()
+    }
+
+    fn cell(data: &[f32], c: usize) -> &[f32] {
+        &data[c * STRIDE + OFFSET..][..DIM]
+    }
+
+    /// Softmax attention in f64 over the given cells.
+    fn exact(query: &Query<'_>, k: &[f32], v: &[f32], cells: &[usize], sink: Option<f32>) -> Vec<f64> {
+        let score = |&c: &usize| {
+            let dot: f64 = query.q.iter().zip(cell(k, c)).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+            let s = dot * f64::from(query.scale);
+            query.softcap.map_or(s, |cap| f64::from(cap) * (s / f64::from(cap)).tanh())
+        };
+        let scores: Vec<f64> = cells.iter().map(score).collect();
+        let max = scores.iter().copied().chain(sink.map(f64::from)).fold(f64::NEG_INFINITY, f64::max);
+        let total = scores.iter().map(|s| (s - max).exp()).sum::<f64>()
+            + sink.map_or(0.0, |sink| (f64::from(sink) - max).exp());
+        let weighted = |d: usize| {
+            scores.iter().zip(cells).map(|(s, &c)| (s - max).exp() * f64::from(cell(v, c)[d])).sum::<f64>()
+        };
+        (0..DIM).map(|d| weighted(d) / total).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn matches_f64(
+            n_cells in 1..150usize, seed in 0.0f32..100.0, sink in prop::option::of(-3.0f32..9.0), capped: bool
+        ) {
+            let (q, k, v) = (noise(DIM, seed), noise(n_cells * STRIDE, seed + 1.0), noise(n_cells * STRIDE, seed + 2.0));
+            let query = Query { softcap: capped.then_some(5.0), ..query(&q) };
+            let cells: Vec<usize> = (0..n_cells).collect();
+            let want = exact(&query, &k, &v, &cells, sink);
+            for table in KernelTable::available() {
+                let mut out = [f32::NAN; DIM];
+                let mut softmax = RunningSoftmax::new(table, query, &mut out);
+                softmax.attend_page(rows(KvData::F32(&k)), rows(KvData::F32(&v)), 0..n_cells);
+                softmax.finish(sink);
+                for (got, want) in out.iter().zip(&want) {
+                    prop_assert!((f64::from(*got) - want).abs() < 1e-4, "{}: {got} != {want}", table.isa);
+                }
+            }
+        }
+
+        /// The same cells, whole, in pieces, with gaps of invisible cells, and with empty pages:
+        /// the same bits.
+        #[test]
+        fn only_the_visible_cells_count(
+            gaps in prop::collection::vec(0..3usize, 1..90), cuts in prop::collection::vec(0..90usize, 0..5),
+            seed in 0.0f32..100.0, half: bool
+        ) {
+            let n = gaps.len();
+            let (q, k, v) = (noise(DIM, seed), noise(n * STRIDE, seed + 1.0), noise(n * STRIDE, seed + 2.0));
+            // The cells again, spread out: `gaps[i]` cells of rubbish lie before cell i.
+            let (mut spread_k, mut spread_v, mut at) = (vec![], vec![], vec![]);
+            for (i, gap) in gaps.iter().enumerate() {
+                for (spread, cells) in [(&mut spread_k, &k), (&mut spread_v, &v)] {
+                    spread.extend(vec![f32::NAN; gap * STRIDE]);
+                    spread.extend(&cells[i * STRIDE..(i + 1) * STRIDE]);
+                }
+                at.push(spread_k.len() / STRIDE - 1);
+            }
+            let halve = |x: &[f32]| x.iter().map(|x| f16::from_f32(*x)).collect::<Vec<_>>();
+            let halves = [&k, &v, &spread_k, &spread_v].map(|x| halve(x));
+            let data = if half {
+                [0, 1, 2, 3].map(|i| rows(KvData::F16(&halves[i])))
+            } else {
+                [&k, &v, &spread_k, &spread_v].map(|x| rows(KvData::F32(x)))
+            };
+            let [k, v, spread_k, spread_v] = data;
+
+            let mut cuts: Vec<usize> = cuts.into_iter().map(|cut| cut.min(n)).chain([0, n]).collect();
+            cuts.sort();
+            for table in KernelTable::available() {
+                let run = |attend: &dyn Fn(&mut RunningSoftmax<'_>)| {
+                    let mut out = [f32::NAN; DIM];
+                    let mut softmax = RunningSoftmax::new(table, query(&q), &mut out);
+                    attend(&mut softmax);
+                    softmax.finish(Some(0.5));
+                    out
+                };
+                let whole = run(&|s| s.attend_page(k, v, 0..n));
+                prop_assert!(whole.iter().all(|x| x.is_finite()));
+                prop_assert_eq!(whole, run(&|s| cuts.windows(2).for_each(|w| s.attend_page(k, v, w[0]..w[1]))));
+                prop_assert_eq!(whole, run(&|s| at.iter().for_each(|&c| s.attend_page(spread_k, spread_v, c..c + 1))));
+            }
+        }
+    }
+
+    fn attend(q: f32, keys: &[f32], values: &[f32], sink: Option<f32>) -> f32 {
+        let mut out = [f32::NAN];
+        let rows = |data| KvRows { data: KvData::F32(data), stride: 1, offset: 0 };
+        let query = Query { q: &[q], scale: 1.0, softcap: None };
+        let mut softmax = RunningSoftmax::new(&crate::scalar::TABLE, query, &mut out);
+        softmax.attend_page(rows(keys), rows(values), 0..keys.len());
+        softmax.finish(sink);
+        out[0]
+    }
+
+    #[test]
+    fn corners() {
+        assert_eq!(attend(1.0, &[], &[], None), 0.0, "nothing visible");
+        assert_eq!(attend(1.0, &[], &[], Some(3.0)), 0.0, "nothing but a sink");
+        assert_eq!(attend(1.0, &[-700.0, -700.0], &[1.0, 3.0], None), 2.0, "far below zero");
+        assert_eq!(attend(1.0, &[1e30, -1e30], &[5.0, 7.0], None), 5.0, "far apart");
+        assert_eq!(attend(1.0, &[f32::NEG_INFINITY, 0.0], &[5.0, 7.0], None), 7.0, "a masked first cell");
+        assert_eq!(attend(1.0, &[f32::NEG_INFINITY], &[5.0], None), 0.0, "all cells masked");
+        assert_eq!(attend(1.0, &[0.0], &[8.0], Some(0.0)), 4.0, "half to the sink");
+        assert_eq!(attend(1.0, &[0.0], &[8.0], Some(200.0)), 0.0, "all to the sink");
+        assert_eq!(attend(1.0, &[0.0], &[8.0], Some(f32::NEG_INFINITY)), 8.0, "nothing to the sink");
+        assert!(attend(1.0, &[f32::NAN, 0.0], &[5.0, 7.0], None).is_nan(), "NaN is not hidden");
+        assert!(attend(1.0, &[0.0, 0.0], &[5.0, f32::NAN], None).is_nan(), "NaN is not hidden");
+    }
+}

@@ -62,3 +62,107 @@ pub fn delta_step(
 pub fn delta_advance(table: &KernelTable, state: &mut [f32], token: &DeltaToken<'_>) {
     (table.delta_advance)(state, token);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn two_steps_worked_by_hand() {
+        // K = V = 2; state transposed to [dim_v, dim_k]. Figures to eight places.
+        for table in KernelTable::available() {
+            let (mut state, mut out) = ([0.0; 4], [0.0; 2]);
+            let mut step = |k: [f32; 2], v: [f32; 2], q: [f32; 2], g, beta, expected: [f32; 6]| {
+                delta_step(table, &mut state, &DeltaToken::new(&k, &v, g, beta), &q, &mut out);
+                let got: Vec<f32> = state.iter().chain(&out).copied().collect();
+                let close = got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 1e-6);
+                assert!(close, "{}: {got:?} != {expected:?}", table.isa);
+            };
+            let first = [0.6, 0.8, -0.3, -0.4, 0.6, -0.3];
+            step([0.6, 0.8], [2.0, -1.0], [1.0, 0.0], -0.5, 0.5, first);
+            let second = [0.49672805, 0.62304063, 2.676_636, -0.311_520_3, 0.796_469_3, 1.356_765_3];
+            step([1.0, 0.0], [0.5, 3.0], [0.6, 0.8], -0.25, 0.9, second);
+        }
+    }
+
+    /// The rule in f64, on `state [dim_v, dim_k]`.
+    fn step_f64(state: &mut [f64], token: &DeltaToken<'_>, q: &[f32]) -> Vec<f64> {
+        let dot = |row: &[f64], x: &[f32]| row.iter().zip(x).map(|(s, x)| s * f64::from(*x)).sum::<f64>();
+        let rows = state.chunks_mut(q.len()).zip(token.v);
+        rows.map(|(row, v)| {
+            row.iter_mut().for_each(|s| *s *= f64::from(token.decay));
+            let d = f64::from(token.beta) * (f64::from(*v) - dot(row, token.k));
+            row.iter_mut().zip(token.k).for_each(|(s, k)| *s += d * f64::from(*k));
+            dot(row, q)
+        })
+        .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn steps_match_f64_and_advance_leaves_the_same_bits(
+            dim_k in 1..70usize, dim_v in 1..9usize, n_tokens in 1..6usize, seed in 0..1000u32
+        ) {
+            let noise = |n: usize, salt: u32| -> Vec<f32> {
+                (0..n).map(|i| ((seed + salt * 77) as f32 * 1.3 + i as f32 * 12.9898).sin()).collect()
+            };
+            for table in KernelTable::available() {
+                let mut stepped = noise(dim_v * dim_k, 9);
+                let mut advanced = stepped.clone();
+                let mut exact: Vec<f64> = stepped.iter().map(|s| f64::from(*s)).collect();
+                for t in 0..n_tokens as u32 {
+                    let (mut k, v, q) = (noise(dim_k, 3 * t), noise(dim_v, 3 * t + 1), noise(dim_k, 3 * t + 2));
+                    let length = k.iter().map(|k| k * k).sum::<f32>().sqrt().max(1e-3);
+                    k.iter_mut().for_each(|k| *k /= length);
+                    let token = DeltaToken::new(&k, &v, -0.1 * t as f32, 0.7);
+                    let mut out = vec![f32::NAN; dim_v];
+                    delta_step(table, &mut stepped, &token, &q, &mut out);
+                    delta_advance(table, &mut advanced, &token);
+                    prop_assert_eq!(&stepped, &advanced, "{}", table.isa);
+                    let want = step_f64(&mut exact, &token, &q);
+                    for (got, want) in out.iter().zip(want).chain(stepped.iter().zip(exact.iter().copied())) {
+                        prop_assert!((f64::from(*got) - want).abs() < 1e-4, "{}: {got} != {want}", table.isa);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn rows_are_independent(dim_k in 1..40usize, seed in 0..1000u32) {
+            let noise = |n: usize, salt: u32| -> Vec<f32> {
+                (0..n).map(|i| ((seed + salt) as f32 + i as f32 * 78.233).cos()).collect()
+            };
+            let (k, v, q) = (noise(dim_k, 1), noise(6, 2), noise(dim_k, 3));
+            for table in KernelTable::available() {
+                let (mut whole, mut out) = (noise(6 * dim_k, 4), [0.0; 6]);
+                let mut cut = whole.clone();
+                delta_step(table, &mut whole, &DeltaToken::new(&k, &v, -0.3, 0.4), &q, &mut out);
+                let mut cut_out = [0.0; 6];
+                let (top, bottom) = cut.split_at_mut(2 * dim_k);
+                let (out_top, out_bottom) = cut_out.split_at_mut(2);
+                delta_step(table, top, &DeltaToken::new(&k, &v[..2], -0.3, 0.4), &q, out_top);
+                delta_step(table, bottom, &DeltaToken::new(&k, &v[2..], -0.3, 0.4), &q, out_bottom);
+                prop_assert_eq!((whole, out), (cut, cut_out), "{}", table.isa);
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_reset_forgets_all() {
+        for table in KernelTable::available() {
+            let (mut state, mut out) = (vec![3.0; 2 * 32], [0.0; 2]);
+            let token = DeltaToken::new(&[0.0; 32], &[1.0, 2.0], f32::NEG_INFINITY, 1.0);
+            delta_step(table, &mut state, &token, &[1.0; 32], &mut out);
+            assert_eq!((state, out), (vec![0.0; 64], [0.0; 2]), "{}", table.isa);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "delta state [2, 3]")]
+    fn a_state_of_another_shape_is_refused() {
+        let token = DeltaToken::new(&[0.0; 3], &[0.0; 2], 0.0, 1.0);
+        delta_advance(&crate::scalar::TABLE, &mut [0.0; 5], &token);
+    }
+}

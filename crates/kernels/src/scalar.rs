@@ -70,3 +70,76 @@ fn delta_advance(state: &mut [f32], token: &DeltaToken<'_>) {
         axpy(row, d, token.k);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn vectors(n: impl Into<prop::collection::SizeRange>) -> impl Strategy<Value = (Vec<f32>, Vec<f32>)> {
+        prop::collection::vec((-4.0f32..4.0, -4.0f32..4.0), n).prop_map(|pairs| pairs.into_iter().unzip())
+    }
+
+    /// The bound for a sum of these products, whatever its order.
+    fn bound(a: &[f32], b: &[f32]) -> f32 {
+        let size: f32 = a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum();
+        f32::EPSILON * (a.len() as f32 + 2.0) * size
+    }
+
+    fn dot_f64(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        #[test]
+        fn dots_match_f64((a, b) in vectors(0..300)) {
+            let halves: Vec<f16> = b.iter().map(|b| f16::from_f32(*b)).collect();
+            let widened: Vec<f32> = halves.iter().map(|b| b.to_f32()).collect();
+            for table in KernelTable::available() {
+                let got = (table.dot)(&a, &b);
+                prop_assert!((got - dot_f64(&a, &b)).abs() <= bound(&a, &b), "{}: {got}", table.isa);
+                // Widening is exact, so the half-precision form is the same kernel.
+                let (got, want) = ((table.dot_f16)(&a, &halves), (table.dot)(&a, &widened));
+                prop_assert_eq!(got.to_bits(), want.to_bits(), "{}", table.isa);
+            }
+        }
+
+        #[test]
+        fn axpy_and_scale_match_the_twin((acc, x) in vectors(0..100), factor in -2.0f32..2.0) {
+            let halves: Vec<f16> = x.iter().map(|x| f16::from_f32(*x)).collect();
+            let widened: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+            for table in KernelTable::available() {
+                let mut got = acc.clone();
+                (table.axpy)(&mut got, factor, &x);
+                for (i, got) in got.iter().enumerate() {
+                    let size = acc[i].abs() + (factor * x[i]).abs();
+                    let want = acc[i] + factor * x[i];
+                    prop_assert!((got - want).abs() <= f32::EPSILON * size, "{} at {i}", table.isa);
+                }
+                let (mut half, mut wide) = (acc.clone(), acc.clone());
+                (table.axpy_f16)(&mut half, factor, &halves);
+                (table.axpy)(&mut wide, factor, &widened);
+                prop_assert_eq!(half, wide, "{}", table.isa);
+
+                let mut scaled = acc.clone();
+                (table.scale)(&mut scaled, factor);
+                prop_assert!(scaled.iter().zip(&acc).all(|(s, a)| *s == a * factor), "{}", table.isa);
+            }
+        }
+
+        #[test]
+        fn an_element_of_axpy_does_not_depend_on_where_it_lies((acc, x) in vectors(1..60), a in -2.0f32..2.0) {
+            for table in KernelTable::available() {
+                let mut whole = acc.clone();
+                (table.axpy)(&mut whole, a, &x);
+                for i in 0..acc.len() {
+                    let mut one = [acc[i]];
+                    (table.axpy)(&mut one, a, &x[i..=i]);
+                    prop_assert_eq!(one[0].to_bits(), whole[i].to_bits(), "{} at {}", table.isa, i);
+                }
+            }
+        }
+    }
+}

@@ -272,7 +272,7 @@ impl Spin {
 
     /// Waits for a moment; true once `SPIN` has passed.
     fn is_over(&mut self) -> bool {
-        for _ in 0..16 {
+        for _ in 0..4 {
             std::hint::spin_loop();
         }
         self.start.elapsed() > SPIN
