@@ -14,6 +14,8 @@
 //!   saturates, one too small for it becomes zeros. NaN is stored as zero and infinities as the largest finite value
 //!   (the plain float formats keep both as they are).
 
+use std::marker::PhantomData;
+
 use paceline_gguf::GgmlType;
 
 mod fit;
@@ -77,7 +79,7 @@ pub fn format(ty: GgmlType) -> Option<&'static Format> {
 pub fn quantize_rows(ty: GgmlType, n_per_row: usize, values: &[f32]) -> Vec<u8> {
     let name = ty.name();
     let format = format(ty).unwrap_or_else(|| panic!("type {name} cannot be quantised: it has no format"));
-    let (block_len, block_bytes) = (ty.block_len() as usize, ty.block_bytes() as usize);
+    let (block_len, block_bytes) = (ty.block_len(), ty.block_bytes());
     assert!(
         n_per_row > 0 && n_per_row.is_multiple_of(block_len),
         "a row of {n_per_row} values is not whole {name} blocks of {block_len}"
@@ -92,41 +94,116 @@ pub fn quantize_rows(ty: GgmlType, n_per_row: usize, values: &[f32]) -> Vec<u8> 
     data
 }
 
-/// Pairs each block of `BYTES` bytes with the `LEN` values that it holds, for reading.
-#[inline(always)]
-fn blocks<'a, const BYTES: usize, const LEN: usize>(
-    data: &'a [u8],
-    out: &'a mut [f32],
-) -> impl Iterator<Item = (&'a [u8; BYTES], &'a mut [f32; LEN])> {
-    let (blocks, cut) = data.as_chunks::<BYTES>();
-    let (values, cut_values) = out.as_chunks_mut::<LEN>();
-    assert!(
-        cut.is_empty() && cut_values.is_empty() && blocks.len() == values.len(),
-        "{} blocks and {} bytes of {BYTES}-byte blocks for {} blocks and {} values of {LEN}-value blocks",
-        blocks.len(),
-        cut.len(),
-        values.len(),
-        cut_values.len(),
-    );
-    blocks.iter().zip(values)
+/// A format as its file defines it: what one block of `BYTES` bytes and `LEN` values means.
+///
+/// Both functions must be `#[inline(always)]`, with all they call: [`each_block`] compiles them once per instruction set.
+trait BlockFormat<const BYTES: usize, const LEN: usize> {
+    const TY: GgmlType;
+
+    fn dequantize(block: &[u8; BYTES], out: &mut [f32; LEN]);
+
+    fn quantize(values: &[f32; LEN], block: &mut [u8; BYTES]);
 }
 
-/// Pairs each `LEN` values with the block of `BYTES` bytes that will hold them, for writing.
-fn blocks_mut<'a, const BYTES: usize, const LEN: usize>(
-    values: &'a [f32],
-    data: &'a mut [u8],
-) -> impl Iterator<Item = (&'a [f32; LEN], &'a mut [u8; BYTES])> {
-    let (values, cut_values) = values.as_chunks::<LEN>();
-    let (blocks, cut) = data.as_chunks_mut::<BYTES>();
+impl Format {
+    const fn of<F: BlockFormat<BYTES, LEN>, const BYTES: usize, const LEN: usize>() -> Format {
+        assert!(F::TY.block_bytes() == BYTES && F::TY.block_len() == LEN, "the file format says otherwise");
+        Format {
+            ty: F::TY,
+            dequantize: each_block::<Dequantize<F>, u8, f32, BYTES, LEN>,
+            quantize: each_block::<Quantize<F>, f32, u8, LEN, BYTES>,
+        }
+    }
+}
+
+/// What [`each_block`] does with a block, `N` elements in and `M` out. A type, not a closure: those cannot be
+/// `#[inline(always)]`.
+trait Convert<In, Out, const N: usize, const M: usize> {
+    fn convert(input: &[In; N], output: &mut [Out; M]);
+}
+
+struct Dequantize<F>(PhantomData<F>);
+
+impl<F: BlockFormat<BYTES, LEN>, const BYTES: usize, const LEN: usize> Convert<u8, f32, BYTES, LEN>
+    for Dequantize<F>
+{
+    #[inline(always)]
+    fn convert(block: &[u8; BYTES], out: &mut [f32; LEN]) {
+        F::dequantize(block, out);
+    }
+}
+
+struct Quantize<F>(PhantomData<F>);
+
+impl<F: BlockFormat<BYTES, LEN>, const BYTES: usize, const LEN: usize> Convert<f32, u8, LEN, BYTES>
+    for Quantize<F>
+{
+    #[inline(always)]
+    fn convert(values: &[f32; LEN], block: &mut [u8; BYTES]) {
+        F::quantize(values, block);
+    }
+}
+
+/// Converts block by block, as compiled for the widest vectors of this CPU.
+///
+/// It is the same scalar source each time: fused multiply-add is not enabled, Rust never introduces it itself, and no sum
+/// is reordered, so wider vectors change no bit.
+fn each_block<C: Convert<In, Out, N, M>, In, Out, const N: usize, const M: usize>(
+    input: &[In],
+    output: &mut [Out],
+) {
+    let (blocks_in, cut_in) = input.as_chunks::<N>();
+    let (blocks_out, cut_out) = output.as_chunks_mut::<M>();
     assert!(
-        cut.is_empty() && cut_values.is_empty() && blocks.len() == values.len(),
-        "{} blocks and {} bytes of {BYTES}-byte blocks for {} blocks and {} values of {LEN}-value blocks",
-        blocks.len(),
-        cut.len(),
-        values.len(),
-        cut_values.len(),
+        cut_in.is_empty() && cut_out.is_empty() && blocks_in.len() == blocks_out.len(),
+        "{} blocks of {N} and a rest of {} cannot become {} blocks of {M} and a rest of {}",
+        blocks_in.len(),
+        cut_in.len(),
+        blocks_out.len(),
+        cut_out.len(),
     );
-    values.iter().zip(blocks)
+
+    #[inline(always)]
+    fn body<C: Convert<In, Out, N, M>, In, Out, const N: usize, const M: usize>(
+        input: &[[In; N]],
+        output: &mut [[Out; M]],
+    ) {
+        for (input, output) in input.iter().zip(output) {
+            C::convert(input, output);
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn avx2<C: Convert<In, Out, N, M>, In, Out, const N: usize, const M: usize>(
+            input: &[[In; N]],
+            output: &mut [[Out; M]],
+        ) {
+            body::<C, In, Out, N, M>(input, output);
+        }
+
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        fn avx512<C: Convert<In, Out, N, M>, In, Out, const N: usize, const M: usize>(
+            input: &[[In; N]],
+            output: &mut [[Out; M]],
+        ) {
+            body::<C, In, Out, N, M>(input, output);
+        }
+
+        if is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+        {
+            // SAFETY: the CPU has just been found to have these features; they include AVX512F.
+            return unsafe { avx512::<C, In, Out, N, M>(blocks_in, blocks_out) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the CPU has just been found to have AVX2.
+            return unsafe { avx2::<C, In, Out, N, M>(blocks_in, blocks_out) };
+        }
+    }
+    body::<C, In, Out, N, M>(blocks_in, blocks_out);
 }
 
 /// The field of `LEN` bytes that starts at byte `at` of a block.

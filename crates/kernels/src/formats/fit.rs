@@ -22,12 +22,14 @@ use super::float::{f16_to_f32, f32_to_f16};
 /// The values of a block, fit to compute with: no NaN, and nothing whose square overflows.
 ///
 /// 2^28 is beyond what any format with an F16 scale can represent (Q6_K: 65504·128·32), so clamping there loses nothing.
+#[inline(always)]
 pub fn finite<const N: usize>(values: &[f32; N]) -> [f32; N] {
     const LIMIT: f32 = (1u32 << 28) as f32;
     values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(-LIMIT, LIMIT) })
 }
 
 /// How much each value's error counts.
+#[inline(always)]
 pub fn importance<const N: usize>(x: &[f32; N]) -> [f32; N] {
     let mean = x.iter().map(|x| x * x).sum::<f32>() / N as f32;
     // Where the squares vanish so does every scale that could follow from them.
@@ -35,6 +37,7 @@ pub fn importance<const N: usize>(x: &[f32; N]) -> [f32; N] {
 }
 
 /// `1/d`, or 0 where a scale of zero leaves only zero to say.
+#[inline(always)]
 pub fn inverse(d: f32) -> f32 {
     if d == 0.0 { 0.0 } else { 1.0 / d }
 }
@@ -51,6 +54,27 @@ pub fn rounded_to_f16(d: f32) -> f32 {
 pub fn nearest_integer(x: f32, lo: f32, hi: f32) -> f32 {
     const NO_FRACTION: f32 = (3u32 << 22) as f32;
     (x.clamp(lo, hi) + NO_FRACTION) - NO_FRACTION
+}
+
+/// Sums of `K` terms over all values, in eight lanes: a single running sum could not be vectorised, for the order of
+/// additions is part of the result.
+#[inline(always)]
+fn sums<const N: usize, const K: usize>(
+    x: &[f32; N],
+    w: &[f32; N],
+    terms: impl Fn(f32, f32) -> [f32; K],
+) -> [f32; K] {
+    const { assert!(N.is_multiple_of(8)) };
+    let mut lanes = [[0.0; 8]; K];
+    for (x, w) in x.as_chunks::<8>().0.iter().zip(w.as_chunks::<8>().0) {
+        for lane in 0..8 {
+            let terms = terms(x[lane], w[lane]);
+            for k in 0..K {
+                lanes[k][lane] += terms[k];
+            }
+        }
+    }
+    lanes.map(|lanes| lanes.iter().sum())
 }
 
 /// The levels of a signed format.
@@ -76,25 +100,28 @@ const STARTS_BEYOND: i32 = 10;
 impl<F: Fn(f32) -> f32 + Copy> Levels<F> {
     /// Weighted squared error of `d·nearest(x/d)`.
     #[inline(always)]
-    fn error(self, x: &[f32], w: &[f32], d: f32) -> f32 {
+    fn error<const N: usize>(self, x: &[f32; N], w: &[f32; N], d: f32) -> f32 {
         let inv = inverse(d);
-        x.iter().zip(w).map(|(x, w)| w * (x - d * (self.nearest)(x * inv)).powi(2)).sum()
+        let [error] = sums(x, w, |x, w| {
+            let miss = x - d * (self.nearest)(x * inv);
+            [w * miss * miss]
+        });
+        error
     }
 
     /// The least-squares scale for the codes that the scale `1/inv` gives.
     #[inline(always)]
-    fn refit(self, x: &[f32], w: &[f32], inv: f32) -> f32 {
-        let (mut xq, mut qq) = (0.0, 0.0);
-        for (x, w) in x.iter().zip(w) {
+    fn refit<const N: usize>(self, x: &[f32; N], w: &[f32; N], inv: f32) -> f32 {
+        let [xq, qq] = sums(x, w, |x, w| {
             let q = (self.nearest)(x * inv);
-            xq += w * x * q;
-            qq += w * q * q;
-        }
+            [w * x * q, w * q * q]
+        });
         if qq > 0.0 { xq / qq } else { 0.0 }
     }
 
     /// The scale `d` for which `d·nearest(x/d)` is closest to `x`; `stored` is how a scale reads back once stored.
-    pub fn fit(self, x: &[f32], w: &[f32], stored: impl Fn(f32) -> f32) -> f32 {
+    #[inline(always)]
+    pub fn fit<const N: usize>(self, x: &[f32; N], w: &[f32; N], stored: impl Fn(f32) -> f32) -> f32 {
         let extreme = x.iter().fold(0.0f32, |max, &x| if x.abs() > max.abs() { x } else { max });
         if extreme == 0.0 {
             return 0.0;
@@ -131,6 +158,7 @@ pub struct SignedBlock<const GROUPS: usize> {
 }
 
 /// Fits `GROUPS` groups of `LEN` values under one F16 scale, group scales being integers in `-n_scales..n_scales`.
+#[inline(always)]
 pub fn signed_block<const GROUPS: usize, const LEN: usize>(
     values: &[f32; 256],
     levels: Levels<impl Fn(f32) -> f32 + Copy>,
@@ -162,11 +190,13 @@ pub fn signed_block<const GROUPS: usize, const LEN: usize>(
             scales[g] = scale;
             error += least;
             let inv = inverse(d * scale as f32);
-            for (x, w) in x.iter().zip(w) {
-                let q = scale as f32 * (levels.nearest)(x * inv);
-                xq += w * x * q;
-                qq += w * q * q;
-            }
+            let scale = scale as f32;
+            let group = sums(x, w, |x, w| {
+                let q = scale * (levels.nearest)(x * inv);
+                [w * x * q, w * q * q]
+            });
+            xq += group[0];
+            qq += group[1];
         }
         if error < best.0 {
             best = (error, d, scales);
@@ -189,16 +219,6 @@ pub struct Line {
     pub b: f32,
 }
 
-/// The sums of a weighted linear regression of values on codes.
-#[derive(Default)]
-struct Regression {
-    w: f32,
-    q: f32,
-    qq: f32,
-    x: f32,
-    xq: f32,
-}
-
 /// The codes `0..=q_max` of a format with an offset.
 #[derive(Clone, Copy)]
 pub struct Codes {
@@ -216,37 +236,39 @@ impl Codes {
 
     /// Weighted squared error of the values' nearest points on the line.
     #[inline(always)]
-    fn error(self, x: &[f32], w: &[f32], line: Line) -> f32 {
+    fn error<const N: usize>(self, x: &[f32; N], w: &[f32; N], line: Line) -> f32 {
         let inv = inverse(line.d);
-        x.iter().zip(w).map(|(x, w)| w * (x - (line.d * self.nearest(*x, line, inv) + line.b)).powi(2)).sum()
+        let [error] = sums(x, w, |x, w| {
+            let miss = x - (line.d * self.nearest(x, line, inv) + line.b);
+            [w * miss * miss]
+        });
+        error
     }
 
     /// The least-squares line for the codes that `line` gives.
-    fn refit(self, x: &[f32], w: &[f32], line: Line) -> Line {
-        let mut sum = Regression::default();
+    #[inline(always)]
+    fn refit<const N: usize>(self, x: &[f32; N], w: &[f32; N], line: Line) -> Line {
         let inv = inverse(line.d);
-        for (x, w) in x.iter().zip(w) {
-            let q = self.nearest(*x, line, inv);
-            sum.w += w;
-            sum.q += w * q;
-            sum.qq += w * q * q;
-            sum.x += w * x;
-            sum.xq += w * x * q;
-        }
-        let determinant = sum.w * sum.qq - sum.q * sum.q;
+        // The sums of a linear regression of x on q.
+        let [s_w, s_q, s_qq, s_x, s_xq] = sums(x, w, |x, w| {
+            let q = self.nearest(x, line, inv);
+            [w, w * q, w * q * q, w * x, w * x * q]
+        });
+        let determinant = s_w * s_qq - s_q * s_q;
         if determinant > 0.0 {
-            let d = (sum.w * sum.xq - sum.q * sum.x) / determinant;
-            let b = (sum.qq * sum.x - sum.q * sum.xq) / determinant;
+            let d = (s_w * s_xq - s_q * s_x) / determinant;
+            let b = (s_qq * s_x - s_q * s_xq) / determinant;
             if !(self.offset_below_zero && b > 0.0) {
                 return Line { d, b };
             }
         }
         // One code for all, or an offset that cannot be stored: a line through zero.
-        Line { d: if sum.qq > 0.0 { sum.xq / sum.qq } else { 0.0 }, b: 0.0 }
+        Line { d: if s_qq > 0.0 { s_xq / s_qq } else { 0.0 }, b: 0.0 }
     }
 
     /// The line closest to `x`; `stored` is how a line reads back once stored.
-    pub fn fit(self, x: &[f32], w: &[f32], stored: impl Fn(Line) -> Line) -> Line {
+    #[inline(always)]
+    pub fn fit<const N: usize>(self, x: &[f32; N], w: &[f32; N], stored: impl Fn(Line) -> Line) -> Line {
         let (mut lo, mut hi) =
             x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(lo, hi), &x| (lo.min(x), hi.max(x)));
         if self.offset_below_zero {
@@ -299,6 +321,7 @@ pub struct OffsetBlock<const GROUPS: usize> {
 
 /// Fits `GROUPS` groups of `LEN` values with codes `0..=q_max`, group scales and offsets being integers in
 /// `0..=scale_max` under one F16 each.
+#[inline(always)]
 pub fn offset_block<const GROUPS: usize, const LEN: usize>(
     values: &[f32; 256],
     q_max: f32,
@@ -340,14 +363,15 @@ pub fn offset_block<const GROUPS: usize, const LEN: usize>(
             let (scale, min) = steps[g];
             let line = Line { d: d * scale, b: -d_min * min };
             let inv = inverse(line.d);
-            for (x, w) in x.iter().zip(w) {
-                let (u, v) = (scale * codes.nearest(*x, line, inv), -min);
-                uu += w * u * u;
-                uv += w * u * v;
-                vv += w * v * v;
-                xu += w * x * u;
-                xv += w * x * v;
-            }
+            let group = sums(x, w, |x, w| {
+                let (u, v) = (scale * codes.nearest(x, line, inv), -min);
+                [w * u * u, w * u * v, w * v * v, w * x * u, w * x * v]
+            });
+            uu += group[0];
+            uv += group[1];
+            vv += group[2];
+            xu += group[3];
+            xv += group[4];
         }
         if error < best.0 {
             best = (error, d, d_min, steps);

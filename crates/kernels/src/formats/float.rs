@@ -8,49 +8,61 @@
 use half::{bf16, f16};
 use paceline_gguf::GgmlType;
 
-use super::{Format, blocks, blocks_mut};
+use super::{BlockFormat, Format};
 
-pub const F32: Format = Format {
-    ty: GgmlType::F32,
-    dequantize: |data, out| {
-        for (bytes, [x]) in blocks(data, out) {
-            *x = f32::from_le_bytes(*bytes);
-        }
-    },
-    quantize: |values, data| {
-        for ([x], bytes) in blocks_mut(values, data) {
-            *bytes = x.to_le_bytes();
-        }
-    },
-};
+pub const F32: Format = Format::of::<Single, 4, 1>();
 
-pub const F16: Format = Format {
-    ty: GgmlType::F16,
-    dequantize: |data, out| {
-        for (bytes, [x]) in blocks(data, out) {
-            *x = f16_to_f32(*bytes);
-        }
-    },
-    quantize: |values, data| {
-        for ([x], bytes) in blocks_mut(values, data) {
-            *bytes = f16::from_f32(*x).to_le_bytes();
-        }
-    },
-};
+struct Single;
 
-pub const BF16: Format = Format {
-    ty: GgmlType::BF16,
-    dequantize: |data, out| {
-        for (bytes, [x]) in blocks(data, out) {
-            *x = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-        }
-    },
-    quantize: |values, data| {
-        for ([x], bytes) in blocks_mut(values, data) {
-            *bytes = bf16::from_f32(*x).to_le_bytes();
-        }
-    },
-};
+impl BlockFormat<4, 1> for Single {
+    const TY: GgmlType = GgmlType::F32;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 4], [x]: &mut [f32; 1]) {
+        *x = f32::from_le_bytes(*block);
+    }
+
+    #[inline(always)]
+    fn quantize([x]: &[f32; 1], block: &mut [u8; 4]) {
+        *block = x.to_le_bytes();
+    }
+}
+
+pub const F16: Format = Format::of::<Half, 2, 1>();
+
+struct Half;
+
+impl BlockFormat<2, 1> for Half {
+    const TY: GgmlType = GgmlType::F16;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 2], [x]: &mut [f32; 1]) {
+        *x = f16_to_f32(*block);
+    }
+
+    #[inline(always)]
+    fn quantize([x]: &[f32; 1], block: &mut [u8; 2]) {
+        *block = f16::from_f32(*x).to_le_bytes();
+    }
+}
+
+pub const BF16: Format = Format::of::<Brain, 2, 1>();
+
+struct Brain;
+
+impl BlockFormat<2, 1> for Brain {
+    const TY: GgmlType = GgmlType::BF16;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 2], [x]: &mut [f32; 1]) {
+        *x = f32::from_bits(u32::from(u16::from_le_bytes(*block)) << 16);
+    }
+
+    #[inline(always)]
+    fn quantize([x]: &[f32; 1], block: &mut [u8; 2]) {
+        *block = bf16::from_f32(*x).to_le_bytes();
+    }
+}
 
 /// Widens an F16, exactly.
 ///

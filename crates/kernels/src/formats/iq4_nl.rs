@@ -7,9 +7,33 @@ use paceline_gguf::GgmlType;
 
 use super::fit::{self, Levels};
 use super::float::f32_to_f16;
-use super::{Format, blocks, blocks_mut, field, half_at};
+use super::{BlockFormat, Format, field, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::IQ4_NL, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 18, 32>();
+
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<18, 32> for Blocks {
+    const TY: GgmlType = GgmlType::IQ4_NL;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 18], out: &mut [f32; 32]) {
+        dequantize_codes(half_at(block, 0), field(block, 2), out);
+    }
+
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 18]) {
+        let x = fit::finite(values);
+        let d = levels().fit(&x, &fit::importance(&x), fit::rounded_to_f16);
+        let inv = fit::inverse(d);
+        let q = x.map(|x| nearest_code(x * inv));
+        block[..2].copy_from_slice(&f32_to_f16(d));
+        for n in 0..16 {
+            block[2 + n] = q[n] | q[16 + n] << 4;
+        }
+    }
+}
 
 /// The level of each code, in ascending order. IQ4_XS has the same ones.
 pub const LEVELS: [f32; 16] = [
@@ -51,25 +75,6 @@ pub fn dequantize_codes(d: f32, qs: &[u8; 16], out: &mut [f32; 32]) {
     for n in 0..16 {
         out[n] = values[usize::from(qs[n] & 15)];
         out[16 + n] = values[usize::from(qs[n] >> 4)];
-    }
-}
-
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<18, 32>(data, out) {
-        dequantize_codes(half_at(block, 0), field(block, 2), out);
-    }
-}
-
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<18, 32>(values, data) {
-        let x = fit::finite(values);
-        let d = levels().fit(&x, &fit::importance(&x), fit::rounded_to_f16);
-        let inv = fit::inverse(d);
-        let q = x.map(|x| nearest_code(x * inv));
-        block[..2].copy_from_slice(&f32_to_f16(d));
-        for n in 0..16 {
-            block[2 + n] = q[n] | q[16 + n] << 4;
-        }
     }
 }
 

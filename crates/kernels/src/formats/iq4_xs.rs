@@ -7,12 +7,18 @@
 use paceline_gguf::GgmlType;
 
 use super::iq4_nl::{dequantize_codes, levels, nearest_code};
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::IQ4_XS, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 136, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<136, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<136, 256> for Blocks {
+    const TY: GgmlType = GgmlType::IQ4_XS;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 136], out: &mut [f32; 256]) {
         let d = half_at(block, 0);
         let scales_h = u16::from_le_bytes(*field(block, 2));
         let scales_l = u32::from_le_bytes(*field(block, 4));
@@ -24,10 +30,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             dequantize_codes(d * scale as f32, qs, out);
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<136, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 136]) {
         let fitted = fit::signed_block::<8, 32>(values, levels(), 32);
         let (mut scales_h, mut scales_l) = (0u16, 0u32);
         for (g, scale) in fitted.scales.iter().enumerate() {

@@ -5,36 +5,18 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{Format, blocks, blocks_mut, field, fit};
+use super::{BlockFormat, Format, field, fit};
 
-pub const FORMAT: Format = Format { ty: GgmlType::MXFP4, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 17, 32>();
 
-/// Twice the value of each code. NVFP4 has the same ones.
-pub const LEVELS: [f32; 16] =
-    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+/// The blocks of this format.
+struct Blocks;
 
-/// The code whose level is nearest to `x`.
-pub fn nearest_code(x: f32) -> u8 {
-    const BETWEEN: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
-    let magnitude = BETWEEN.iter().map(|limit| u8::from(x.abs() > *limit)).sum::<u8>();
-    // The table has two zeros; the plain one is written.
-    if x < 0.0 && magnitude > 0 { magnitude | 8 } else { magnitude }
-}
+impl BlockFormat<17, 32> for Blocks {
+    const TY: GgmlType = GgmlType::MXFP4;
 
-/// Weighted squared error of the levels nearest to `x·inv`, in units where `inv` is 1.
-pub fn error(x: &[f32], w: &[f32], inv: f32) -> f32 {
-    let term = |(x, w): (&f32, &f32)| w * (x * inv - LEVELS[usize::from(nearest_code(x * inv))]).powi(2);
-    x.iter().zip(w).map(term).sum()
-}
-
-/// `2^(e-128)`; below `e = 2` it is a subnormal.
-#[inline(always)]
-fn scale(e: u8) -> f32 {
-    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
-}
-
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<17, 32>(data, out) {
+    #[inline(always)]
+    fn dequantize(block: &[u8; 17], out: &mut [f32; 32]) {
         let d = scale(block[0]);
         let qs: &[u8; 16] = field(block, 1);
         let values = LEVELS.map(|level| d * level);
@@ -43,10 +25,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             out[16 + n] = values[usize::from(qs[n] >> 4)];
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<17, 32>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 17]) {
         let values = values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(f32::MIN, f32::MAX) });
         let max = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         // The largest level, 12, lies in [2^3, 2^4): this exponent puts the largest value there too.
@@ -54,7 +35,7 @@ fn quantize(values: &[f32], data: &mut [u8]) {
         let e = exponent - 3 + 128;
         if e < 3 {
             block.fill(0); // below 2^-121 there is nothing worth keeping
-            continue;
+            return;
         }
         // One step up avoids clipping, one down is finer and clips; compare both in the units of the middle one.
         let x = values.map(|x| x / scale(e as u8));
@@ -74,4 +55,30 @@ fn quantize(values: &[f32], data: &mut [u8]) {
             block[1 + n] = q[n] | q[16 + n] << 4;
         }
     }
+}
+
+/// Twice the value of each code. NVFP4 has the same ones.
+pub const LEVELS: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
+/// The code whose level is nearest to `x`.
+#[inline(always)]
+pub fn nearest_code(x: f32) -> u8 {
+    const BETWEEN: [f32; 7] = [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0];
+    let magnitude = BETWEEN.iter().map(|limit| u8::from(x.abs() > *limit)).sum::<u8>();
+    // The table has two zeros; the plain one is written.
+    if x < 0.0 && magnitude > 0 { magnitude | 8 } else { magnitude }
+}
+
+/// Weighted squared error of the levels nearest to `x·inv`, in units where `inv` is 1.
+#[inline(always)]
+pub fn error(x: &[f32], w: &[f32], inv: f32) -> f32 {
+    let term = |(x, w): (&f32, &f32)| w * (x * inv - LEVELS[usize::from(nearest_code(x * inv))]).powi(2);
+    x.iter().zip(w).map(term).sum()
+}
+
+/// `2^(e-128)`; below `e = 2` it is a subnormal.
+#[inline(always)]
+fn scale(e: u8) -> f32 {
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
 }

@@ -7,25 +7,18 @@
 use paceline_gguf::GgmlType;
 
 use super::mxfp4::{LEVELS, error, nearest_code};
-use super::{Format, blocks, blocks_mut, field, fit};
+use super::{BlockFormat, Format, field, fit};
 
-pub const FORMAT: Format = Format { ty: GgmlType::NVFP4, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 36, 64>();
 
-/// Half the value of an unsigned E4M3: exponent bias 7, no infinity, NaN (0x7f) read as zero.
-#[inline(always)]
-fn half_e4m3(x: u8) -> f32 {
-    let (exponent, mantissa) = (u32::from(x >> 3 & 15), f32::from(x & 7));
-    if x == 0 || x == 0x7f {
-        0.0
-    } else if exponent == 0 {
-        mantissa / 1024.0
-    } else {
-        (8.0 + mantissa) * f32::from_bits((exponent + 127 - 7 - 3 - 1) << 23)
-    }
-}
+/// The blocks of this format.
+struct Blocks;
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<36, 64>(data, out) {
+impl BlockFormat<36, 64> for Blocks {
+    const TY: GgmlType = GgmlType::NVFP4;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 36], out: &mut [f32; 64]) {
         let qs: &[u8; 32] = field(block, 4);
         for (g, (qs, out)) in qs.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0).enumerate() {
             let d = half_e4m3(block[g]);
@@ -36,10 +29,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<36, 64>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 64], block: &mut [u8; 36]) {
         for (g, x) in values.as_chunks::<16>().0.iter().enumerate() {
             let x = fit::finite(x);
             let w = fit::importance(&x);
@@ -58,5 +50,18 @@ fn quantize(values: &[f32], data: &mut [u8]) {
                 block[4 + 8 * g + n] = q[n] | q[8 + n] << 4;
             }
         }
+    }
+}
+
+/// Half the value of an unsigned E4M3: exponent bias 7, no infinity, NaN (0x7f) read as zero.
+#[inline(always)]
+fn half_e4m3(x: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(x >> 3 & 15), f32::from(x & 7));
+    if x == 0 || x == 0x7f {
+        0.0
+    } else if exponent == 0 {
+        mantissa / 1024.0
+    } else {
+        (8.0 + mantissa) * f32::from_bits((exponent + 127 - 7 - 3 - 1) << 23)
     }
 }

@@ -5,12 +5,18 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q2_K, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 84, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<84, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<84, 256> for Blocks {
+    const TY: GgmlType = GgmlType::Q2_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 84], out: &mut [f32; 256]) {
         let scales: &[u8; 16] = field(block, 0);
         let (d, d_min) = (half_at(block, 80), half_at(block, 82));
         for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
@@ -23,10 +29,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<84, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 84]) {
         let fitted = fit::offset_block::<16, 16>(values, 3.0, 15.0);
         for g in 0..16 {
             block[g] = fitted.scales[g] | fitted.mins[g] << 4;

@@ -9,12 +9,18 @@
 use paceline_gguf::GgmlType;
 
 use super::q2_k::pack_pairs;
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q3_K, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 110, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<110, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<110, 256> for Blocks {
+    const TY: GgmlType = GgmlType::Q3_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 110], out: &mut [f32; 256]) {
         let scales = unpack_scales(field(block, 96));
         let d = half_at(block, 108);
         for (group, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
@@ -28,10 +34,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<110, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 110]) {
         let fitted = fit::signed_block::<16, 16>(values, fit::integers(4.0), 32);
         let codes = fitted.levels.map(|level| (level + 4.0) as u8);
         block[..32].fill(0);

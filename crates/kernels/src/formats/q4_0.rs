@@ -6,12 +6,18 @@
 use paceline_gguf::GgmlType;
 
 use super::float::f32_to_f16;
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q4_0, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 18, 32>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<18, 32>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<18, 32> for Blocks {
+    const TY: GgmlType = GgmlType::Q4_0;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 18], out: &mut [f32; 32]) {
         let d = half_at(block, 0);
         let qs: &[u8; 16] = field(block, 2);
         for n in 0..16 {
@@ -21,11 +27,10 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             out[16 + n] = d * f32::from((qs[n] >> 4) as i8 - 8);
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    let levels = fit::integers(8.0);
-    for (values, block) in blocks_mut::<18, 32>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 18]) {
+        let levels = fit::integers(8.0);
         let x = fit::finite(values);
         let d = levels.fit(&x, &fit::importance(&x), fit::rounded_to_f16);
         let inv = fit::inverse(d);

@@ -6,12 +6,18 @@ use paceline_gguf::GgmlType;
 
 use super::fit::{self, Codes, Line};
 use super::float::f32_to_f16;
-use super::{Format, blocks, blocks_mut, field, half_at};
+use super::{BlockFormat, Format, field, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q4_1, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 20, 32>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<20, 32>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<20, 32> for Blocks {
+    const TY: GgmlType = GgmlType::Q4_1;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 20], out: &mut [f32; 32]) {
         let (d, m) = (half_at(block, 0), half_at(block, 2));
         let qs: &[u8; 16] = field(block, 4);
         for n in 0..16 {
@@ -21,10 +27,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             out[16 + n] = d * f32::from(qs[n] >> 4) + m;
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<20, 32>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 20]) {
         let (line, q) = codes(values, 15.0);
         block[..2].copy_from_slice(&f32_to_f16(line.d));
         block[2..4].copy_from_slice(&f32_to_f16(line.b));
@@ -35,6 +40,7 @@ fn quantize(values: &[f32], data: &mut [u8]) {
 }
 
 /// Scale, offset (both as F16 reads them back) and codes `0..=q_max` of a block; Q5_1 shares this.
+#[inline(always)]
 pub fn codes(values: &[f32; 32], q_max: f32) -> (Line, [u8; 32]) {
     let codes = Codes { q_max, offset_below_zero: false };
     let x = fit::finite(values);

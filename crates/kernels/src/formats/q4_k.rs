@@ -9,12 +9,18 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q4_K, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 144, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<144, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<144, 256> for Blocks {
+    const TY: GgmlType = GgmlType::Q4_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 144], out: &mut [f32; 256]) {
         let (d, d_min) = (half_at(block, 0), half_at(block, 2));
         let (scales, mins) = unpack_scales(field(block, 4));
         let qs: &[u8; 128] = field(block, 16);
@@ -31,10 +37,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<144, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 144]) {
         let fitted = fit::offset_block::<8, 32>(values, 15.0, 63.0);
         block[..2].copy_from_slice(&fitted.d);
         block[2..4].copy_from_slice(&fitted.d_min);

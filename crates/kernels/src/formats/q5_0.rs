@@ -6,23 +6,28 @@
 use paceline_gguf::GgmlType;
 
 use super::float::f32_to_f16;
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q5_0, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 22, 32>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<22, 32>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<22, 32> for Blocks {
+    const TY: GgmlType = GgmlType::Q5_0;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 22], out: &mut [f32; 32]) {
         let d = half_at(block, 0);
         let q = unpack(field(block, 2), field(block, 6));
         for n in 0..32 {
             out[n] = d * f32::from(q[n] as i8 - 16);
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    let levels = fit::integers(16.0);
-    for (values, block) in blocks_mut::<22, 32>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 22]) {
+        let levels = fit::integers(16.0);
         let x = fit::finite(values);
         let d = levels.fit(&x, &fit::importance(&x), fit::rounded_to_f16);
         let inv = fit::inverse(d);

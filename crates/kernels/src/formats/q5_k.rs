@@ -6,12 +6,18 @@
 use paceline_gguf::GgmlType;
 
 use super::q4_k::{pack_scales, unpack_scales};
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q5_K, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 176, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<176, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<176, 256> for Blocks {
+    const TY: GgmlType = GgmlType::Q5_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 176], out: &mut [f32; 256]) {
         let (d, d_min) = (half_at(block, 0), half_at(block, 2));
         let (scales, mins) = unpack_scales(field(block, 4));
         let qh: &[u8; 32] = field(block, 16);
@@ -29,10 +35,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<176, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 176]) {
         let fitted = fit::offset_block::<8, 32>(values, 31.0, 63.0);
         block[..2].copy_from_slice(&fitted.d);
         block[2..4].copy_from_slice(&fitted.d_min);

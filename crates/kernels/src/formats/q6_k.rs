@@ -6,12 +6,18 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{Format, blocks, blocks_mut, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q6_K, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 210, 256>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<210, 256>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<210, 256> for Blocks {
+    const TY: GgmlType = GgmlType::Q6_K;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 210], out: &mut [f32; 256]) {
         let d = half_at(block, 208);
         let scales: [f32; 16] = field::<16>(block, 192).map(|scale| d * f32::from(scale as i8));
         for half in 0..2 {
@@ -31,10 +37,9 @@ fn dequantize(data: &[u8], out: &mut [f32]) {
             }
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<210, 256>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 256], block: &mut [u8; 210]) {
         let fitted = fit::signed_block::<16, 16>(values, fit::integers(32.0), 128);
         let codes = fitted.levels.map(|level| (level + 32.0) as u8);
         block.fill(0);

@@ -6,22 +6,27 @@
 use paceline_gguf::GgmlType;
 
 use super::float::{f16_to_f32, f32_to_f16};
-use super::{Format, blocks, blocks_mut};
+use super::{BlockFormat, Format};
 
-pub const FORMAT: Format = Format { ty: GgmlType::Q8_0, dequantize, quantize };
+pub const FORMAT: Format = Format::of::<Blocks, 34, 32>();
 
-fn dequantize(data: &[u8], out: &mut [f32]) {
-    for (block, out) in blocks::<34, 32>(data, out) {
+/// The blocks of this format.
+struct Blocks;
+
+impl BlockFormat<34, 32> for Blocks {
+    const TY: GgmlType = GgmlType::Q8_0;
+
+    #[inline(always)]
+    fn dequantize(block: &[u8; 34], out: &mut [f32; 32]) {
         let [d0, d1, qs @ ..] = block;
         let d = f16_to_f32([*d0, *d1]);
         for (x, q) in out.iter_mut().zip(qs) {
             *x = d * f32::from(*q as i8);
         }
     }
-}
 
-fn quantize(values: &[f32], data: &mut [u8]) {
-    for (values, block) in blocks_mut::<34, 32>(values, data) {
+    #[inline(always)]
+    fn quantize(values: &[f32; 32], block: &mut [u8; 34]) {
         let max = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         let d_bytes = f32_to_f16(max / 127.0);
         let d = f16_to_f32(d_bytes);

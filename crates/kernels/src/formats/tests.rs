@@ -19,7 +19,7 @@ fn gaussian(n: usize, seed: u64) -> Vec<f32> {
 }
 
 fn dequantize(ty: GgmlType, data: &[u8]) -> Vec<f32> {
-    let mut out = vec![0.0; data.len() / ty.block_bytes() as usize * ty.block_len() as usize];
+    let mut out = vec![0.0; data.len() / ty.block_bytes() * ty.block_len()];
     (format(ty).unwrap().dequantize)(data, &mut out);
     out
 }
@@ -87,7 +87,7 @@ const M: u16 = 0x2c00; // 0.0625
 fn golden_blocks() {
     for (ty, overwrite, sum, elements) in GOLDEN {
         let name = ty.name();
-        let mut block: Vec<u8> = (0..ty.block_bytes() as usize).map(|i| (73 * i + 41) as u8).collect();
+        let mut block: Vec<u8> = (0..ty.block_bytes()).map(|i| (73 * i + 41) as u8).collect();
         for (at, value) in *overwrite {
             block[*at..at + 2].copy_from_slice(&value.to_le_bytes());
         }
