@@ -155,8 +155,8 @@ fn parse_directory(
     let mut tensors = Vec::new();
     let mut names = HashSet::new();
     for i in 0..n_tensors {
-        let entry = format!("tensor {} of {n_tensors}", i + 1);
-        let name = cursor.text().map_err(|fault| fault.at(file, entry))?;
+        let name =
+            cursor.text().map_err(|fault| fault.at(file, format!("tensor {} of {n_tensors}", i + 1)))?;
         if !names.insert(name) {
             return Err(Error::tensor(file, name, "each name once", "it twice", FETCH_AGAIN));
         }
