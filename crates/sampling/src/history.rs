@@ -39,8 +39,8 @@ impl History {
         self.tokens.push(token);
         if self.repeat_window > 0 {
             *self.counts.entry(token).or_insert(0) += 1;
-            if let Some(left) = self.tokens.len().checked_sub(self.repeat_window + 1) {
-                self.forget(self.tokens[left]);
+            if self.tokens.len() > self.repeat_window {
+                self.forget(self.tokens[self.tokens.len() - 1 - self.repeat_window]);
             }
         }
         // Trimmed in large strides, so that a token costs O(1) on average.

@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(found.map(|g| (g * 1e4).round() as i32), KNOWN, "{found:?}");
     }
 
-    const KNOWN: [i32; 3] = [0, 0, 0];
+    const KNOWN: [i32; 3] = [8010, 7769, 10614];
 
     #[test]
     fn the_coin_is_fair_and_apart_from_the_noise() {

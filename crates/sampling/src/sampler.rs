@@ -191,7 +191,7 @@ impl Sampler {
             return Err(SampleError::WrongWidth { position, expected: self.n_vocab, found: logits.len() });
         }
         // No early exit: without one the loop is vectorised, and a bad row is rare.
-        let is_bad = |logit: f32| !(logit < f32::INFINITY);
+        let is_bad = |logit: f32| logit.is_nan() | (logit == f32::INFINITY);
         if logits.iter().fold(false, |bad, &logit| bad | is_bad(logit)) {
             let token = logits.iter().position(|&logit| is_bad(logit)).expect("one was seen");
             return Err(SampleError::NonFinite { position, token: token as u32, value: logits[token] });
