@@ -1,0 +1,96 @@
+//! Text to tokens: special tokens are cut out first, the algorithm of the model does the rest.
+
+use std::sync::Arc;
+
+use paceline_gguf::Metadata;
+
+use crate::bpe::ByteLevelBpe;
+use crate::gemma::GemmaBpe;
+use crate::special::{Fragment, SpecialTokens};
+use crate::spm::Spm;
+use crate::{Error, Token, TokenTable, TokenizerModel, Vocab};
+
+/// How a text is to be read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Encode {
+    /// Begin with the BOS token, in models that want one ([`Vocab::add_bos`]), unless the text already does.
+    pub add_bos: bool,
+    /// Read the texts of control tokens as these tokens. Right for the output of a chat template; for text from a user
+    /// it would let them write turn markers. User-defined tokens are read either way.
+    pub parse_special: bool,
+}
+
+/// A vocabulary and the algorithm over it.
+#[derive(Clone, Debug)]
+pub struct Tokenizer {
+    vocab: Arc<Vocab>,
+    special: SpecialTokens,
+    algorithm: Algorithm,
+}
+
+#[derive(Clone, Debug)]
+enum Algorithm {
+    ByteLevelBpe(ByteLevelBpe),
+    Gemma(GemmaBpe),
+    Spm(Spm),
+}
+
+impl Tokenizer {
+    /// Reads the tokenizer of a model file.
+    pub fn from_metadata(metadata: &Metadata) -> Result<Tokenizer, Error> {
+        Tokenizer::new(&TokenTable::from_metadata(metadata)?)
+    }
+
+    /// Builds the tokenizer of a table, checking it first.
+    pub fn new(table: &TokenTable) -> Result<Tokenizer, Error> {
+        let vocab = Vocab::new(table)?;
+        let algorithm = match table.model {
+            TokenizerModel::ByteLevelBpe => Algorithm::ByteLevelBpe(ByteLevelBpe::new(&vocab, table)?),
+            TokenizerModel::Gemma => Algorithm::Gemma(GemmaBpe::new(&vocab, table)?),
+            TokenizerModel::Spm => Algorithm::Spm(Spm::new(&vocab, table)),
+        };
+        Ok(Tokenizer { special: SpecialTokens::new(&vocab)?, vocab: Arc::new(vocab), algorithm })
+    }
+
+    /// The vocabulary.
+    pub fn vocab(&self) -> &Arc<Vocab> {
+        &self.vocab
+    }
+
+    /// The tokens of `text`.
+    pub fn encode(&self, text: &str, options: Encode) -> Vec<Token> {
+        let vocab = &*self.vocab;
+        let mut tokens = Vec::with_capacity(text.len() / 3 + 1);
+        if options.add_bos && vocab.add_bos() {
+            tokens.extend(vocab.bos());
+        }
+        let n_added = tokens.len();
+        let mut opens = true;
+        for fragment in self.special.partition(text, options.parse_special) {
+            match fragment {
+                Fragment::Special(token) => {
+                    // Templates that write BOS themselves must not get a second one.
+                    if tokens.len() != n_added || n_added == 0 || tokens[0] != token {
+                        tokens.push(token);
+                    }
+                }
+                Fragment::Text(text) => match &self.algorithm {
+                    Algorithm::ByteLevelBpe(bpe) => bpe.encode(vocab, text, &mut tokens),
+                    Algorithm::Gemma(bpe) => bpe.encode(vocab, text, &mut tokens),
+                    Algorithm::Spm(spm) => spm.encode(vocab, text, opens, &mut tokens),
+                },
+            }
+            opens = matches!(fragment, Fragment::Special(_));
+        }
+        tokens
+    }
+
+    /// The text of `tokens`, special ones shown; bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// For the text that a model's user sees, special tokens hidden, there is [`crate::StreamDecoder`].
+    pub fn decode(&self, tokens: &[Token]) -> String {
+        let bytes: Vec<u8> =
+            tokens.iter().flat_map(|&token| self.vocab.bytes(token, true)).copied().collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
