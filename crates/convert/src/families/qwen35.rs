@@ -1,0 +1,171 @@
+//! Qwen3.5 and its successors, dense: most layers mix tokens with a gated delta rule, every `interval`-th attends.
+//!
+//! Three things differ between checkpoint and file. Norms hold their distance from 1 in the checkpoint, all but the one
+//! inside the delta rule. The decay is stored as its logarithm. And value heads are grouped by key head in the checkpoint
+//! but tiled in the file ([`Order::ValueHeads`]): rows of v, z, a, b, channels of the convolution, *columns* of the output.
+
+use super::decoder::{Decoder, root};
+use super::{Family, Target};
+use crate::Error;
+use crate::config::Config;
+use crate::layout::{Layout, Map, Order};
+use crate::recipe::Recipe;
+
+pub(super) const FAMILY: Family = Family {
+    arch: "qwen35",
+    architectures: &["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"],
+    drafts: false,
+    write,
+};
+
+const LINEAR: &str = "linear_attention";
+const FULL: &str = "full_attention";
+
+fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
+    let decoder = Decoder::read(config, 0.25)?;
+    decoder.rope.check_kind(&["default"])?;
+    let gate_off = config.opt_bool("attn_output_gate")? == Some(false);
+    config.refuse("attn_output_gate", gate_off, "attention with an output gate")?;
+    let delta = DeltaNet::read(config)?;
+    let is_linear = layer_kinds(config, decoder.n_layer)?;
+
+    decoder.write_keys(recipe);
+    if let Some(sections) =
+        decoder.rope.parameters.as_ref().map(|rope| rope.opt_ids("mrope_section")).transpose()?.flatten()
+    {
+        let mut sections: Vec<i32> = sections.into_iter().map(|n| n as i32).collect();
+        sections.resize(sections.len().max(4), 0);
+        recipe.key("rope.dimension_sections", sections);
+    }
+    recipe.size_key("ssm.conv_kernel", delta.conv_width);
+    recipe.size_key("ssm.state_size", delta.head_dim);
+    recipe.size_key("ssm.group_count", delta.n_key);
+    recipe.size_key("ssm.time_step_rank", delta.n_value);
+    recipe.size_key("ssm.inner_size", delta.n_value * delta.head_dim);
+    match interval(&is_linear) {
+        Some(interval) => recipe.size_key("full_attention_interval", interval),
+        None => recipe.key("attention.recurrent_layers", is_linear.clone()),
+    }
+
+    let root = root(recipe);
+    decoder.ends(recipe, config, root, Map::AddOne)?;
+    for (il, &is_linear) in is_linear.iter().enumerate() {
+        let layer = format!("{root}layers.{il}.");
+        for (name, norm) in
+            [("attn_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm")]
+        {
+            let (name, tensor) = (format!("blk.{il}.{name}.weight"), format!("{layer}{norm}.weight"));
+            recipe.tensor(&name, &tensor, &[decoder.n_embd], Layout::map(Map::AddOne))?;
+        }
+        if is_linear {
+            delta.tensors(recipe, decoder.n_embd, il, &layer)?;
+        } else {
+            // Each head has its query rows and then its gate rows.
+            let (name, tensor) =
+                (format!("blk.{il}.attn_q.weight"), format!("{layer}self_attn.q_proj.weight"));
+            let n_q = 2 * decoder.n_head * decoder.head_dim;
+            recipe.tensor(&name, &tensor, &[n_q, decoder.n_embd], Layout::SAME)?;
+            decoder.attention(recipe, il, &layer, Order::Same)?;
+            decoder.head_norms(recipe, il, &layer, Map::AddOne)?;
+        }
+        decoder.mlp(recipe, il, &layer)?;
+    }
+    recipe.skip("multi-token prediction is not used yet", |name| name.starts_with("mtp."));
+    recipe.skip("not part of the text model", |name| {
+        name.starts_with("model.visual.") || name.starts_with("visual.")
+    });
+    Ok(())
+}
+
+/// Sizes of the gated delta rule.
+struct DeltaNet {
+    n_key: usize,
+    n_value: usize,
+    head_dim: usize,
+    conv_width: usize,
+}
+
+impl DeltaNet {
+    fn read(config: &Config) -> Result<DeltaNet, Error> {
+        let delta = DeltaNet {
+            n_key: config.usize("linear_num_key_heads")?,
+            n_value: config.usize("linear_num_value_heads")?,
+            head_dim: config.usize("linear_key_head_dim")?,
+            conv_width: config.usize("linear_conv_kernel_dim")?,
+        };
+        if !delta.n_value.is_multiple_of(delta.n_key) {
+            let expected = format!("a multiple of {} (linear_num_key_heads)", delta.n_key);
+            return Err(config.error("linear_num_value_heads", expected, ""));
+        }
+        let same = config.usize("linear_value_head_dim")? == delta.head_dim;
+        config.refuse(
+            "linear_value_head_dim",
+            !same,
+            &format!("{} (linear_key_head_dim)", delta.head_dim),
+        )?;
+        Ok(delta)
+    }
+
+    /// Value heads of `len` indices each, behind `first` others.
+    fn heads(&self, first: usize, len: usize) -> Order {
+        Order::ValueHeads { first, len, n_key: self.n_key, n_value: self.n_value }
+    }
+
+    fn tensors(&self, recipe: &mut Recipe, n_embd: usize, il: usize, layer: &str) -> Result<(), Error> {
+        let (n_key_rows, n_value_rows) = (self.n_key * self.head_dim, self.n_value * self.head_dim);
+        let n_conv = 2 * n_key_rows + n_value_rows;
+        let (qkv, value_rows) = (self.heads(2 * n_key_rows, self.head_dim), self.heads(0, self.head_dim));
+        let per_head = self.heads(0, 1);
+        let mut tensor = |name: &str, part: &str, shape: &[usize], layout: Layout| {
+            recipe.tensor(&format!("blk.{il}.{name}"), &format!("{layer}linear_attn.{part}"), shape, layout)
+        };
+        tensor("attn_qkv.weight", "in_proj_qkv.weight", &[n_conv, n_embd], Layout::rows(qkv))?;
+        tensor("attn_gate.weight", "in_proj_z.weight", &[n_value_rows, n_embd], Layout::rows(value_rows))?;
+        tensor("ssm_alpha.weight", "in_proj_a.weight", &[self.n_value, n_embd], Layout::rows(per_head))?;
+        tensor("ssm_beta.weight", "in_proj_b.weight", &[self.n_value, n_embd], Layout::rows(per_head))?;
+        tensor("ssm_a", "A_log", &[self.n_value], Layout { map: Map::NegExp, ..Layout::cols(per_head) })?;
+        tensor("ssm_dt.bias", "dt_bias", &[self.n_value], Layout::cols(per_head))?;
+        tensor("ssm_conv1d.weight", "conv1d.weight", &[n_conv, 1, self.conv_width], Layout::rows(qkv))?;
+        tensor("ssm_norm.weight", "norm.weight", &[self.head_dim], Layout::SAME)?;
+        tensor("ssm_out.weight", "out_proj.weight", &[n_embd, n_value_rows], Layout::cols(value_rows))
+    }
+}
+
+/// For each layer, whether it is a linear one.
+fn layer_kinds(config: &Config, n_layer: usize) -> Result<Vec<bool>, Error> {
+    let Some(kinds) = config.opt_strings("layer_types")? else {
+        let interval = config.opt_usize("full_attention_interval")?.unwrap_or(4);
+        return Ok((0..n_layer).map(|il| !(il + 1).is_multiple_of(interval)).collect());
+    };
+    if kinds.len() != n_layer || kinds.iter().any(|kind| ![LINEAR, FULL].contains(kind)) {
+        return Err(config.error("layer_types", format!("{n_layer} times `{LINEAR}` or `{FULL}`"), ""));
+    }
+    Ok(kinds.iter().map(|kind| *kind == LINEAR).collect())
+}
+
+/// `n` such that exactly each `n`-th layer is a full one.
+fn interval(is_linear: &[bool]) -> Option<usize> {
+    let interval = is_linear.iter().position(|linear| !linear)? + 1;
+    let fits = |(il, linear): (usize, &bool)| *linear != (il + 1).is_multiple_of(interval);
+    is_linear.iter().enumerate().all(fits).then_some(interval)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interval_is_found_or_there_is_none() {
+        let check = |kinds: &str, want| {
+            let is_linear: Vec<bool> = kinds.chars().map(|kind| kind == 'l').collect();
+            assert_eq!(interval(&is_linear), want, "{kinds}");
+        };
+        check("lllflllf", Some(4));
+        check("llflllfl", None);
+        check("llfllfl", Some(3));
+        check("ff", Some(1));
+        check("lf", Some(2));
+        check("flf", None);
+        check("lll", None);
+    }
+}

@@ -1,0 +1,31 @@
+//! Which type each tensor gets: the rules of a mix, applied in the file's order. What a mix leaves alone (norms, vectors,
+//! convolutions) is F32, whatever it was in the checkpoint.
+
+use paceline_gguf::{GgmlType, Metadata};
+use paceline_kernels::formats::mix::{Assignment, MIXES, Mix, Model, mix};
+
+use crate::Error;
+use crate::recipe::Tensor;
+
+/// The mix that a person named.
+pub(crate) fn find(name: &str) -> Result<&'static Mix, Error> {
+    mix(name).ok_or_else(|| {
+        let known: Vec<_> = MIXES.iter().map(|mix| mix.name).collect();
+        Error::UnknownType { name: name.into(), known: known.join(", ") }
+    })
+}
+
+/// The type of each tensor, in their order; `metadata` is that of their file.
+pub(crate) fn assign(
+    mix: &'static Mix,
+    metadata: &Metadata,
+    tensors: &[Tensor],
+) -> Result<Vec<GgmlType>, Error> {
+    let arch = metadata.require_str("general.architecture")?;
+    let size = |key: &str| metadata.require_u32(&format!("{arch}.{key}")).map(|n| n as usize);
+    let names = tensors.iter().map(|tensor| tensor.name.as_str());
+    let (n_head, n_head_kv) = (size("attention.head_count")?, size("attention.head_count_kv")?);
+    let mut assignment = Assignment::new(mix, Model::new(names, size("block_count")?, n_head, n_head_kv));
+    let ty = |tensor: &Tensor| assignment.next(&tensor.name, &tensor.shape).unwrap_or(GgmlType::F32);
+    Ok(tensors.iter().map(ty).collect())
+}

@@ -1,0 +1,360 @@
+//! Converts the checkpoints under `goldens/` and compares the files with the checkpoints, by formulas of their own.
+
+use std::path::{Path, PathBuf};
+
+use paceline_convert::{ConvertOptions, Report, convert};
+use paceline_gguf::safetensors::SafeTensors;
+use paceline_gguf::{GgmlType, Gguf};
+use paceline_kernels::formats::format;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../goldens").join(name)
+}
+
+/// A converted checkpoint beside its source.
+struct Converted {
+    file: Gguf,
+    source: SafeTensors,
+    report: Report,
+}
+
+fn converted(name: &str, ty: &str, target: Option<&str>) -> Converted {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let target_dir = target.map(golden);
+    let options = ConvertOptions { ty: ty.into(), target_dir, ..ConvertOptions::new(golden(name), &out) };
+    let (mut last, mut total) = (0, 0);
+    let report = convert(&options, |progress| {
+        assert!(progress.done_bytes >= last);
+        (last, total) = (progress.done_bytes, progress.total_bytes);
+    });
+    let report = report.unwrap_or_else(|error| panic!("{name} to {ty}: {error}"));
+    assert!(last == total && total > 0, "{last} of {total} bytes at the end");
+    assert_eq!(report.file_bytes, std::fs::metadata(&out).unwrap().len());
+    let file = Gguf::open(&out).unwrap();
+    Converted { file, source: SafeTensors::open_dir(golden(name)).unwrap(), report }
+}
+
+impl Converted {
+    fn values(&self, name: &str) -> Vec<f32> {
+        let tensor = self.file.tensors().iter().find(|tensor| tensor.name == name);
+        let tensor = tensor.unwrap_or_else(|| panic!("no tensor {name}"));
+        let mut values = vec![0.0; tensor.shape.iter().product::<u64>() as usize];
+        (format(tensor.ty).unwrap().dequantize)(self.file.data(tensor), &mut values);
+        values
+    }
+
+    fn shape(&self, name: &str) -> Vec<u64> {
+        self.file.tensors().iter().find(|tensor| tensor.name == name).unwrap().shape.to_vec()
+    }
+
+    /// The file's tensor holds `f` of the checkpoint's values.
+    fn check(&self, name: &str, tensor: &str, shape: &[u64], f: impl Fn(&[f32]) -> Vec<f32>) {
+        assert_eq!(self.shape(name), shape, "{name}");
+        let want = f(&self.source.to_f32(tensor).unwrap());
+        assert_eq!(self.values(name), want, "{name} from {tensor}");
+    }
+
+    fn same(&self, name: &str, tensor: &str, shape: &[u64]) {
+        self.check(name, tensor, shape, <[f32]>::to_vec);
+    }
+
+    fn ints(&self, want: &[(&str, u32)]) {
+        for (key, n) in want {
+            assert_eq!(self.file.metadata().u32(key).unwrap(), Some(*n), "{key}");
+        }
+    }
+
+    fn floats(&self, want: &[(&str, f32)]) {
+        for (key, x) in want {
+            assert_eq!(self.file.metadata().f32(key).unwrap(), Some(*x), "{key}");
+        }
+    }
+
+    fn strs(&self, want: &[(&str, &str)]) {
+        for (key, text) in want {
+            assert_eq!(self.file.metadata().str(key).unwrap(), Some(*text), "{key}");
+        }
+    }
+
+    fn token(&self, id: usize) -> (String, i32) {
+        let metadata = self.file.metadata();
+        let texts = metadata.require_bytes_array("tokenizer.ggml.tokens").unwrap();
+        let types = metadata.require_i32_array("tokenizer.ggml.token_type").unwrap();
+        assert_eq!(texts.len(), types.len());
+        (String::from_utf8(texts[id].to_vec()).unwrap(), types[id])
+    }
+}
+
+fn add_one(values: &[f32]) -> Vec<f32> {
+    values.iter().map(|x| x + 1.0).collect()
+}
+
+/// Splits into slices of `len`, and takes them in this order.
+fn reordered(values: &[f32], len: usize, order: &[usize]) -> Vec<f32> {
+    assert_eq!(values.len(), len * order.len());
+    order.iter().flat_map(|i| &values[i * len..][..len]).copied().collect()
+}
+
+/// Value heads by hand: `a0 a1 a2 b0 b1 b2` (two key heads, three value heads each) to `a0 b0 a1 b1 a2 b2`.
+const TWO_BY_THREE: [usize; 6] = [0, 3, 1, 4, 2, 5];
+/// `a0 a1 b0 b1 c0 c1` to `a0 b0 c0 a1 b1 c1`.
+const THREE_BY_TWO: [usize; 6] = [0, 2, 4, 1, 3, 5];
+
+fn check_delta_net(model: &Converted, il: usize, n_key: usize, order: &[usize]) {
+    const HEAD: usize = 10;
+    const EMBD: usize = 40;
+    let (n_q_and_k, n_value_rows) = (2 * n_key * HEAD, 6 * HEAD);
+    let n_conv = n_q_and_k + n_value_rows;
+    let check = |name: &str, part: &str, shape: &[u64], f: &dyn Fn(&[f32]) -> Vec<f32>| {
+        model.check(&format!("blk.{il}.{name}"), &format!("model.layers.{il}.linear_attn.{part}"), shape, f);
+    };
+    // q and k stay; v moves in whole heads, each of HEAD rows of `row_len`.
+    let behind_q_and_k = |row_len: usize| {
+        move |w: &[f32]| {
+            let (stay, v) = w.split_at(n_q_and_k * row_len);
+            [stay.to_vec(), reordered(v, HEAD * row_len, order)].concat()
+        }
+    };
+    check("attn_qkv.weight", "in_proj_qkv.weight", &[EMBD as u64, n_conv as u64], &behind_q_and_k(EMBD));
+    check("ssm_conv1d.weight", "conv1d.weight", &[4, n_conv as u64], &behind_q_and_k(4));
+    check("attn_gate.weight", "in_proj_z.weight", &[EMBD as u64, n_value_rows as u64], &|w| {
+        reordered(w, HEAD * EMBD, order)
+    });
+    for (name, part) in [("ssm_alpha.weight", "in_proj_a.weight"), ("ssm_beta.weight", "in_proj_b.weight")] {
+        check(name, part, &[EMBD as u64, 6], &|w| reordered(w, EMBD, order));
+    }
+    check("ssm_a", "A_log", &[6], &|w| reordered(w, 1, order).iter().map(|x| -x.exp()).collect());
+    check("ssm_dt.bias", "dt_bias", &[6], &|w| reordered(w, 1, order));
+    check("ssm_norm.weight", "norm.weight", &[HEAD as u64], &|w| w.to_vec());
+    // The columns of each row move, in groups of HEAD.
+    check("ssm_out.weight", "out_proj.weight", &[n_value_rows as u64, EMBD as u64], &|w| {
+        w.chunks(n_value_rows).flat_map(|row| reordered(row, HEAD, order)).collect()
+    });
+}
+
+#[test]
+fn qwen35() {
+    let model = converted("qwen35", "f32", None);
+    model.strs(&[
+        ("general.architecture", "qwen35"),
+        ("general.type", "model"),
+        ("general.name", "qwen35"),
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.pre", "qwen35"),
+    ]);
+    model.ints(&[
+        ("general.file_type", 0),
+        ("general.quantization_version", 2),
+        ("qwen35.block_count", 7),
+        ("qwen35.context_length", 512),
+        ("qwen35.embedding_length", 40),
+        ("qwen35.feed_forward_length", 68),
+        ("qwen35.attention.head_count", 6),
+        ("qwen35.attention.head_count_kv", 2),
+        ("qwen35.attention.key_length", 12),
+        ("qwen35.attention.value_length", 12),
+        ("qwen35.rope.dimension_count", 6),
+        ("qwen35.ssm.conv_kernel", 4),
+        ("qwen35.ssm.state_size", 10),
+        ("qwen35.ssm.group_count", 2),
+        ("qwen35.ssm.time_step_rank", 6),
+        ("qwen35.ssm.inner_size", 60),
+        ("qwen35.full_attention_interval", 3),
+        ("tokenizer.ggml.eos_token_id", 110),
+        ("tokenizer.ggml.eot_token_id", 110),
+        ("tokenizer.ggml.padding_token_id", 108),
+    ]);
+    model.floats(&[("qwen35.attention.layer_norm_rms_epsilon", 1e-6), ("qwen35.rope.freq_base", 1e7)]);
+    let metadata = model.file.metadata();
+    assert_eq!(metadata.i32_array("qwen35.rope.dimension_sections").unwrap(), Some(vec![1, 1, 1, 0]));
+    assert_eq!(metadata.bool("tokenizer.ggml.add_bos_token").unwrap(), Some(false));
+    assert!(!metadata.contains("tokenizer.ggml.bos_token_id"));
+    assert!(metadata.require_str("tokenizer.chat_template").unwrap().contains("<|im_start|>"));
+    assert!(!metadata.contains("qwen35.nextn_predict_layers"));
+    assert_eq!(metadata.require_bytes_array("tokenizer.ggml.tokens").unwrap().len(), 131);
+    let merges = metadata.require_bytes_array("tokenizer.ggml.merges").unwrap();
+    assert_eq!((merges.len(), &merges[2]), (12, "Ġ the".as_bytes()));
+    for (id, text, ty) in [
+        (0, "!", 1),
+        (94, "Ġ", 1),
+        (110, "<|im_end|>", 3),
+        (111, "<think>", 4),
+        (113, "<|MASK|>", 3),
+        (114, "[PAD114]", 5),
+        (130, "[PAD130]", 5),
+    ] {
+        assert_eq!(model.token(id), (text.to_string(), ty));
+    }
+
+    model.same("token_embd.weight", "model.embed_tokens.weight", &[40, 131]);
+    model.same("output.weight", "lm_head.weight", &[40, 131]);
+    model.check("output_norm.weight", "model.norm.weight", &[40], add_one);
+    for il in 0..7 {
+        let (blk, layer) = (
+            |name: &str| format!("blk.{il}.{name}.weight"),
+            |name: &str| format!("model.layers.{il}.{name}.weight"),
+        );
+        model.check(&blk("attn_norm"), &layer("input_layernorm"), &[40], add_one);
+        model.check(&blk("post_attention_norm"), &layer("post_attention_layernorm"), &[40], add_one);
+        for (part, shape) in [("gate", [40, 68]), ("up", [40, 68]), ("down", [68, 40])] {
+            model.same(&blk(&format!("ffn_{part}")), &layer(&format!("mlp.{part}_proj")), &shape);
+        }
+        if [2, 5].contains(&il) {
+            model.same(&blk("attn_q"), &layer("self_attn.q_proj"), &[40, 2 * 72]);
+            model.same(&blk("attn_k"), &layer("self_attn.k_proj"), &[40, 24]);
+            model.same(&blk("attn_v"), &layer("self_attn.v_proj"), &[40, 24]);
+            model.same(&blk("attn_output"), &layer("self_attn.o_proj"), &[72, 40]);
+            model.check(&blk("attn_q_norm"), &layer("self_attn.q_norm"), &[12], add_one);
+            model.check(&blk("attn_k_norm"), &layer("self_attn.k_norm"), &[12], add_one);
+        } else {
+            check_delta_net(&model, il, 2, &TWO_BY_THREE);
+        }
+    }
+    assert_eq!(model.file.tensors().len(), 3 + 5 * 14 + 2 * 11);
+    assert_eq!(model.source.len(), model.file.tensors().len());
+    assert_eq!(model.report.arch, "qwen35");
+    assert_eq!(model.report.n_params, 137878);
+    assert!(model.report.skipped.is_empty() && model.report.notes.is_empty(), "{:?}", model.report);
+}
+
+#[test]
+fn a_tied_head_is_left_to_the_reader() {
+    let model = converted("qwen35-tied", "f32", None);
+    model.ints(&[("qwen35.full_attention_interval", 4), ("qwen35.ssm.group_count", 3)]);
+    assert!(model.file.tensors().iter().all(|tensor| tensor.name != "output.weight"));
+    for il in [0, 1, 2, 4] {
+        check_delta_net(&model, il, 3, &THREE_BY_TWO);
+    }
+}
+
+#[test]
+fn qwen3() {
+    let model = converted("qwen3", "f32", None);
+    model.strs(&[("general.architecture", "qwen3"), ("tokenizer.ggml.pre", "qwen2")]);
+    model.ints(&[
+        ("qwen3.block_count", 4),
+        ("qwen3.attention.key_length", 20),
+        ("qwen3.rope.dimension_count", 20),
+    ]);
+    model.same("blk.3.attn_norm.weight", "model.layers.3.input_layernorm.weight", &[56]);
+    model.same("blk.3.ffn_norm.weight", "model.layers.3.post_attention_layernorm.weight", &[56]);
+    model.same("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight", &[56, 120]);
+    model.same("blk.3.attn_k.weight", "model.layers.3.self_attn.k_proj.weight", &[56, 40]);
+    model.same("blk.3.attn_q_norm.weight", "model.layers.3.self_attn.q_norm.weight", &[20]);
+    model.same("blk.3.attn_output.weight", "model.layers.3.self_attn.o_proj.weight", &[120, 56]);
+    model.same("output_norm.weight", "model.norm.weight", &[56]);
+    assert_eq!(model.file.tensors().len(), 3 + 4 * 11);
+}
+
+#[test]
+fn llama() {
+    let model = converted("llama", "f32", None);
+    model.strs(&[("general.architecture", "llama"), ("tokenizer.ggml.pre", "llama-bpe")]);
+    model.ints(&[
+        ("llama.rope.dimension_count", 12),
+        ("llama.vocab_size", 127),
+        ("tokenizer.ggml.bos_token_id", 108),
+        ("tokenizer.ggml.eos_token_id", 112),
+    ]);
+    model.floats(&[("llama.attention.layer_norm_rms_epsilon", 1e-5), ("llama.rope.freq_base", 1e4)]);
+    let metadata = model.file.metadata();
+    assert_eq!(metadata.bool("tokenizer.ggml.add_bos_token").unwrap(), Some(true));
+    assert!(metadata.require_str("tokenizer.chat_template").unwrap().contains("<|eot_id|>"));
+    assert!(!metadata.contains("llama.rope.scaling.type"));
+    // Rows 0, 6, 1, 7, … of each head of 12.
+    let pairs: Vec<usize> = (0..12).map(|i| if i % 2 == 0 { i / 2 } else { 6 + i / 2 }).collect();
+    let heads =
+        |n_head: usize| (0..n_head).flat_map(|h| pairs.iter().map(move |i| 12 * h + i)).collect::<Vec<_>>();
+    for (name, part, n_head) in [("attn_q", "q_proj", 6), ("attn_k", "k_proj", 3)] {
+        let (name, tensor) =
+            (format!("blk.1.{name}.weight"), format!("model.layers.1.self_attn.{part}.weight"));
+        model.check(&name, &tensor, &[42, 12 * n_head as u64], |w| reordered(w, 42, &heads(n_head)));
+    }
+    model.same("blk.1.attn_v.weight", "model.layers.1.self_attn.v_proj.weight", &[42, 36]);
+    // Wavelengths 2 pi * 10000^(i / 6): 6.3 is below 32 / 4, 29.2 is between, 135 and up are beyond 32 / 1.
+    let freqs = model.values("rope_freqs.weight");
+    let smooth = (32.0 / (std::f64::consts::TAU * 10000f64.powf(1.0 / 6.0)) - 1.0) / 3.0;
+    let between = 1.0 / ((1.0 - smooth) / 8.0 + smooth);
+    assert_eq!(freqs, [1.0, between as f32, 8.0, 8.0, 8.0, 8.0]);
+    assert!(1.0 < between && between < 8.0);
+    assert_eq!(model.file.tensors().len(), 3 + 4 * 9);
+}
+
+#[test]
+fn dflash() {
+    let model = converted("dflash", "f32", Some("qwen35"));
+    model.strs(&[("general.architecture", "dflash"), ("tokenizer.ggml.pre", "qwen35")]);
+    model.ints(&[
+        ("dflash.block_count", 3),
+        ("dflash.embedding_length", 40),
+        ("dflash.feed_forward_length", 52),
+        ("dflash.attention.head_count", 6),
+        ("dflash.attention.head_count_kv", 2),
+        ("dflash.attention.key_length", 14),
+        ("dflash.rope.dimension_count", 14),
+        ("dflash.block_size", 6),
+        ("dflash.target_hidden_size", 40),
+        ("dflash.vocab_size", 131),
+        ("dflash.attention.sliding_window", 8),
+        ("tokenizer.ggml.mask_token_id", 113),
+        ("tokenizer.ggml.eos_token_id", 110),
+    ]);
+    model.floats(&[("dflash.rope.freq_base", 1e6)]);
+    let metadata = model.file.metadata();
+    assert_eq!(metadata.u32_array("dflash.target_layers").unwrap(), Some(vec![2, 4, 7]));
+    let pattern = metadata.bool_array("dflash.attention.sliding_window_pattern").unwrap();
+    assert_eq!(pattern, Some(vec![true, false, true]));
+    assert!(!metadata.contains("dflash.attention.causal"));
+    model.same("fc.weight", "fc.weight", &[120, 40]);
+    model.same("enc.output_norm.weight", "hidden_norm.weight", &[40]);
+    model.same("output_norm.weight", "norm.weight", &[40]);
+    for il in 0..3 {
+        let (blk, layer) = (
+            |name: &str| format!("blk.{il}.{name}.weight"),
+            |name: &str| format!("layers.{il}.{name}.weight"),
+        );
+        model.same(&blk("attn_norm"), &layer("input_layernorm"), &[40]);
+        model.same(&blk("ffn_norm"), &layer("post_attention_layernorm"), &[40]);
+        model.same(&blk("attn_q"), &layer("self_attn.q_proj"), &[40, 84]);
+        model.same(&blk("attn_k"), &layer("self_attn.k_proj"), &[40, 28]);
+        model.same(&blk("attn_v"), &layer("self_attn.v_proj"), &[40, 28]);
+        model.same(&blk("attn_output"), &layer("self_attn.o_proj"), &[84, 40]);
+        model.same(&blk("attn_k_norm"), &layer("self_attn.k_norm"), &[14]);
+        model.same(&blk("ffn_down"), &layer("mlp.down_proj"), &[52, 40]);
+    }
+    assert_eq!(model.file.tensors().len(), 3 + 11 * 3);
+}
+
+#[test]
+fn a_drafter_says_what_it_differs_in() {
+    let model = converted("dflash-noncausal", "f32", None);
+    let metadata = model.file.metadata();
+    assert_eq!(metadata.bool("dflash.attention.causal").unwrap(), Some(false));
+    assert!(!metadata.contains("tokenizer.ggml.tokens"));
+    assert_eq!(metadata.u32("tokenizer.ggml.mask_token_id").unwrap(), Some(113));
+    assert!(model.report.notes[0].contains("no tokenizer"), "{:?}", model.report.notes);
+}
+
+#[test]
+fn types_round_trip() {
+    let exact = converted("qwen35", "f32", None);
+    for (ty, bound) in [("bf16", 4e-3), ("f16", 6e-4), ("q8_0", 6e-4)] {
+        let model = converted("qwen35", ty, None);
+        for tensor in model.file.tensors() {
+            let small = tensor.shape.len() < 2 || tensor.name.ends_with("conv1d.weight");
+            // 40 and 60 values are no whole quant blocks of 32: F16 instead.
+            let want = match ty {
+                _ if small => GgmlType::F32,
+                "bf16" => GgmlType::BF16,
+                _ => GgmlType::F16,
+            };
+            assert_eq!(tensor.ty, want, "{ty} {}", tensor.name);
+            let (got, want) = (model.values(&tensor.name), exact.values(&tensor.name));
+            for (a, b) in got.iter().zip(&want) {
+                assert!((a - b).abs() <= bound * b.abs() + 1e-6, "{ty} {}: {a} for {b}", tensor.name);
+            }
+        }
+        assert_eq!(model.report.types.values().sum::<usize>(), model.file.tensors().len());
+    }
+}
