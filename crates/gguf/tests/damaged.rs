@@ -31,8 +31,14 @@ fn counts_are_bounded_by_the_file() {
          found 104 bytes to the end of the file",
     );
     check(
-        raw::file(3, 0, 2, &[raw::key("a", 4, 7u32.to_le_bytes()), vec![0; 10]], 0),
-        "key 2 of 2: expected 8 bytes at offset 51, found 0 bytes to the end of the file",
+        raw::file(
+            3,
+            0,
+            2,
+            &[raw::key("a", 4, 7u32.to_le_bytes()), 100u64.to_le_bytes().into(), vec![0; 5]],
+            0,
+        ),
+        "key 2 of 2: expected 100 bytes at offset 49, found 5 bytes to the end of the file",
     );
 }
 
@@ -261,6 +267,9 @@ fn use_all(gguf: &Gguf) {
         assert_eq!(data.len(), tensor.row_bytes() * tensor.n_rows() as usize);
         assert_eq!(data.as_ptr().align_offset(8), 0);
         tensors.push((&tensor.name, &tensor.shape, tensor.ty, data));
+    }
+    if gguf.alignment() > 4096 {
+        return; // padding on that scale is legal, and of no interest
     }
     let Ok(again) = to_bytes(gguf.metadata(), &tensors) else { return }; // a name may be too long to write
     assert_eq!(Gguf::from_bytes("y.gguf", again).unwrap().tensors().len(), tensors.len());
