@@ -6,8 +6,8 @@
 
 use paceline_gguf::GgmlType;
 
-use super::mxfp4::{LEVELS, error, nearest_code};
-use super::{BlockFormat, Format, field, fit};
+use super::mxfp4::{error, level, nearest_code};
+use super::{BlockFormat, Format, field, fit, vectors_end_here};
 
 pub const FORMAT: Format = Format::of::<Blocks, 36, 64>();
 
@@ -22,11 +22,13 @@ impl BlockFormat<36, 64> for Blocks {
         let qs: &[u8; 32] = field(block, 4);
         for (g, (qs, out)) in qs.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<16>().0).enumerate() {
             let d = half_e4m3(block[g]);
-            let values = LEVELS.map(|level| d * level);
             for n in 0..8 {
-                out[n] = values[usize::from(qs[n] & 15)];
-                out[8 + n] = values[usize::from(qs[n] >> 4)];
+                out[n] = d * f32::from(level(qs[n] & 15));
             }
+            for n in 0..8 {
+                out[8 + n] = d * f32::from(level(qs[n] >> 4));
+            }
+            vectors_end_here();
         }
     }
 

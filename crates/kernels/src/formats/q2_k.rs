@@ -5,7 +5,7 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{BlockFormat, Format, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at, vectors_end_here};
 
 pub const FORMAT: Format = Format::of::<Blocks, 84, 256>();
 
@@ -27,6 +27,7 @@ impl BlockFormat<84, 256> for Blocks {
             for l in 0..16 {
                 out[l] = scale * f32::from(qs[l] >> (2 * k) & 3) - min;
             }
+            vectors_end_here();
         }
     }
 

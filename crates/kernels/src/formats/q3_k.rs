@@ -9,7 +9,7 @@
 use paceline_gguf::GgmlType;
 
 use super::q2_k::pack_pairs;
-use super::{BlockFormat, Format, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at, vectors_end_here};
 
 pub const FORMAT: Format = Format::of::<Blocks, 110, 256>();
 
@@ -32,6 +32,7 @@ impl BlockFormat<110, 256> for Blocks {
                 let q = qs[l] >> (2 * k) & 3 | (high[l] >> run & 1) << 2;
                 out[l] = scale * f32::from(q as i8 - 4);
             }
+            vectors_end_here();
         }
     }
 

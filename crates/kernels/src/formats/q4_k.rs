@@ -9,7 +9,7 @@
 
 use paceline_gguf::GgmlType;
 
-use super::{BlockFormat, Format, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at, vectors_end_here};
 
 pub const FORMAT: Format = Format::of::<Blocks, 144, 256>();
 
@@ -35,6 +35,7 @@ impl BlockFormat<144, 256> for Blocks {
             for l in 0..32 {
                 out[32 + l] = scale * f32::from(qs[l] >> 4) - min;
             }
+            vectors_end_here();
         }
     }
 

@@ -6,7 +6,7 @@
 use paceline_gguf::GgmlType;
 
 use super::q4_k::{pack_scales, unpack_scales};
-use super::{BlockFormat, Format, field, fit, half_at};
+use super::{BlockFormat, Format, field, fit, half_at, vectors_end_here};
 
 pub const FORMAT: Format = Format::of::<Blocks, 176, 256>();
 
@@ -33,6 +33,7 @@ impl BlockFormat<176, 256> for Blocks {
             for l in 0..32 {
                 out[32 + l] = scale * f32::from(qs[l] >> 4 | (qh[l] >> odd & 1) << 4) - min;
             }
+            vectors_end_here();
         }
     }
 
