@@ -21,7 +21,7 @@ mod step;
 
 pub use builder::{Matrix, PlanBuilder, Vector};
 pub use plan::{
-    AttentionOp, BlockMask, Buf, BufDecl, BufRange, HeadMap, Op, Pairing, Plan, RopeSpec, Rows, StateDecl, StateId,
+    AttentionOp, BlockMask, Buf, BufDecl, BufRange, HeadMap, Op, Plan, RopeSpec, Rows, StateDecl, StateId,
     WeightId,
 };
 pub use step::{Lane, PageId, SlotId, Step, StepOut};
@@ -29,6 +29,7 @@ pub use step::{Lane, PageId, SlotId, Step, StepOut};
 use std::{any::Any, sync::Arc};
 
 use paceline_gguf::GgmlType;
+pub use paceline_kernels::rope::Pairing;
 
 /// A token id. The same type as in `text` and `sampling`, which do not depend on this crate.
 pub type Token = u32;

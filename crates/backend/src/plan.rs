@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use paceline_kernels::rope::Pairing;
+
 /// A row buffer of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Buf(pub(crate) u32);
@@ -90,19 +92,10 @@ impl StateDecl {
         match self {
             StateDecl::Kv { .. } => 0,
             StateDecl::ConvTail { channels, .. } => *channels,
-            // Normalised keys, values, decay and beta.
-            StateDecl::Delta { n_head_k, n_head_v, dim_k, dim_v } => n_head_k * dim_k + n_head_v * (dim_v + 2),
+            // Normalised key, value, decay and beta of every value head.
+            StateDecl::Delta { n_head_v, dim_k, dim_v, .. } => n_head_v * (dim_k + dim_v + 2),
         }
     }
-}
-
-/// Which dimensions of a head turn together in a rotary embedding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pairing {
-    /// `(i, i + n_rot/2)`, the layout of Hugging Face models ("NEOX").
-    HalfSplit,
-    /// `(2i, 2i + 1)`, the layout of `llama` GGUF files ("NORM").
-    Adjacent,
 }
 
 /// A rotary embedding over the first `n_rot` dimensions of each head.

@@ -1,0 +1,491 @@
+//! The ops of a plan as tiles: pieces of work that any thread may take, in any order, each writing values that
+//! no other piece touches.
+//!
+//! How an op is cut never changes its result: a tile is some rows, some outputs of a matrix, a head, or some
+//! channels, and every value is computed the same way whichever tile it falls into.
+
+use std::{cell::RefCell, ops::Range, sync::Arc};
+
+use paceline_kernels::{
+    act,
+    attention::{Query, RunningSoftmax},
+    conv::short_conv_silu,
+    delta::{DeltaToken, delta_step},
+    kv::{KvRows, write_row},
+    norm,
+    rope::{self, RopeTable},
+};
+
+use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, RopeSpec, StateDecl, States, WeightId};
+
+use super::{
+    exec::Cx,
+    states::{CpuStates, DeltaWindow, shift_in},
+    weights::Weight,
+};
+
+/// Values that a tile of an elementwise op handles, about.
+const TILE_VALUES: usize = 8192;
+/// Channels that a tile of a convolution handles.
+const TILE_CHANNELS: usize = 256;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Per-thread buffers, kept from tile to tile.
+#[derive(Default)]
+struct Scratch {
+    weights: Vec<f32>,
+    out: Vec<f32>,
+    state: Vec<f32>,
+    turns: Vec<rope::Turn>,
+}
+
+/// Where a KV state lies in a page.
+#[derive(Clone, Copy)]
+struct KvPlace {
+    offset: usize,
+    n_head: usize,
+    head_dim: usize,
+}
+
+/// An op with its weights at hand.
+pub(super) struct CpuOp {
+    op: Op,
+    weight: Option<Arc<Weight>>,
+    /// A bias, a norm's weight, the sinks, or the second of two small weights.
+    small: Option<Arc<Weight>>,
+    rope: Option<RopeTable>,
+    kv: Option<KvPlace>,
+    state: Option<(usize, StateDecl)>,
+}
+
+impl CpuOp {
+    pub fn new(op: &Op, plan: &Plan, states: &CpuStates, weight: &impl Fn(WeightId) -> Arc<Weight>) -> CpuOp {
+        let mut this = CpuOp { op: op.clone(), weight: None, small: None, rope: None, kv: None, state: None };
+        let kv = |state: crate::StateId| {
+            let at = state.0 as usize;
+            match states.decls()[at] {
+                StateDecl::Kv { n_head, head_dim } => KvPlace { offset: states.page_offset(at), n_head, head_dim },
+                ref other => panic!("{other:?} is no KV state"),
+            }
+        };
+        let slot_state = |state: crate::StateId| (state.0 as usize, states.decls()[state.0 as usize].clone());
+        match op {
+            Op::Embed { table, dst, .. } => {
+                let table = weight(*table);
+                assert_eq!(table.n_in(), plan.width(*dst), "embedding width");
+                this.weight = Some(table);
+            }
+            Op::MatMul { weight: id, bias, src, dst } => {
+                let w = weight(*id);
+                assert_eq!((w.n_in(), w.n_rows()), (plan.width(*src), plan.width(*dst)), "matmul shape");
+                this.weight = Some(w);
+                this.small = bias.map(weight);
+            }
+            Op::RmsNorm { weight: id, .. } => this.weight = id.map(weight),
+            Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => this.weight = Some(weight(*id)),
+            Op::Rope { rope: RopeSpec { n_rot, base, factors, .. }, .. } => {
+                let factors = factors.map(weight);
+                let factors = factors.as_ref().map(|f| f.floats());
+                this.rope = Some(RopeTable::new(*n_rot, f64::from(*base), factors));
+            }
+            Op::KvAppend { state, k, .. } => {
+                let place = kv(*state);
+                assert_eq!(place.n_head * place.head_dim, plan.width(*k), "width of keys");
+                this.kv = Some(place);
+            }
+            Op::Attention(op) => {
+                let place = kv(op.state);
+                assert_eq!(op.n_head * place.head_dim, plan.width(op.q), "width of queries");
+                this.kv = Some(place);
+                this.small = op.sinks.map(weight);
+            }
+            Op::DeltaGates { dt_bias, a, .. } => {
+                this.weight = Some(weight(*dt_bias));
+                this.small = Some(weight(*a));
+            }
+            _ => {}
+        }
+        if let Op::ShortConv { state, .. } | Op::DeltaRule { state, .. } = op {
+            this.state = Some(slot_state(*state));
+        }
+        this
+    }
+
+    fn weight(&self) -> &Weight {
+        match &self.weight {
+            Some(weight) => weight,
+            None => unreachable!("set when the op was compiled"),
+        }
+    }
+
+    fn kv(&self) -> KvPlace {
+        match self.kv {
+            Some(kv) => kv,
+            None => unreachable!("set when the op was compiled"),
+        }
+    }
+
+    /// Pieces that this op falls into for the rows of the step.
+    pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        match &self.op {
+            Op::MatMul { dst, .. } => match cx.n_rows(*dst) {
+                0 => 0,
+                _ => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
+            },
+            Op::KvAppend { .. } => cx.step.lanes.len(),
+            Op::Attention(_) => cx.step.n_rows() * self.kv().n_head,
+            Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
+            Op::DeltaRule { .. } => match self.state {
+                Some((_, StateDecl::Delta { n_head_v, .. })) => cx.step.lanes.len() * n_head_v,
+                _ => unreachable!("a delta rule over a delta state"),
+            },
+            op => {
+                let dst = row_wise_dst(op);
+                cx.n_rows(dst).div_ceil(row_chunk(cx.plan.width(dst)))
+            }
+        }
+    }
+
+    /// Computes one piece.
+    pub fn run(&self, cx: &Cx<'_>, n_threads: usize, tile: usize) {
+        match &self.op {
+            Op::MatMul { src, dst, .. } => self.matmul(cx, n_threads, tile, *src, *dst),
+            Op::KvAppend { k, v, .. } => self.kv_append(cx, &cx.step.lanes[tile], *k, *v),
+            Op::Attention(op) => {
+                let n_head_kv = self.kv().n_head;
+                self.attention(cx, op, tile / n_head_kv, tile % n_head_kv);
+            }
+            Op::ShortConv { src, dst, .. } => {
+                let n_chunks = cx.plan.width(*src).div_ceil(TILE_CHANNELS);
+                self.short_conv(cx, *src, *dst, tile / n_chunks, tile % n_chunks);
+            }
+            Op::DeltaRule { .. } => self.delta_rule(cx, tile),
+            op => {
+                let dst = row_wise_dst(op);
+                let chunk = row_chunk(cx.plan.width(dst));
+                let n_rows = cx.n_rows(dst);
+                for row in tile * chunk..((tile + 1) * chunk).min(n_rows) {
+                    self.row_wise(cx, row);
+                }
+            }
+        }
+    }
+
+    /// One row of an op that handles each row by itself.
+    fn row_wise(&self, cx: &Cx<'_>, row: usize) {
+        // SAFETY of every `row_mut` and `part_mut` here: rows are dealt out once each, so this tile alone writes
+        // row `row` of the op's destination.
+        match &self.op {
+            Op::Embed { dst, scale, .. } => {
+                let token = cx.step.tokens[row] as usize;
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                self.weight().rows(token, 1).dequantize_row(0, out);
+                if *scale != 1.0 {
+                    out.iter_mut().for_each(|x| *x *= scale);
+                }
+            }
+            Op::Input { dst } => {
+                let width = cx.plan.width(*dst);
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                out.copy_from_slice(&cx.step.inputs[row * width..(row + 1) * width]);
+            }
+            Op::RmsNorm { src, dst, eps, group, .. } => {
+                let w = self.weight.as_ref().map(|w| w.floats());
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                for (x, out) in cx.row(*src, row).chunks_exact(*group).zip(out.chunks_exact_mut(*group)) {
+                    norm::rms_norm(x, w, *eps, out);
+                }
+            }
+            Op::GatedRmsNorm { src, gate, dst, eps, group, .. } => {
+                let w = self.weight().floats();
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                let groups = cx.row(*src, row).chunks_exact(*group).zip(cx.row(*gate, row).chunks_exact(*group));
+                for ((x, z), out) in groups.zip(out.chunks_exact_mut(*group)) {
+                    norm::gated_rms_norm(x, w, z, *eps, out);
+                }
+            }
+            Op::Rope { src, dst, head_dim, rope: spec } => {
+                let Some(table) = &self.rope else { unreachable!("set when the op was compiled") };
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                out.copy_from_slice(cx.row(*src, row));
+                SCRATCH.with_borrow_mut(|scratch| {
+                    scratch.turns.resize(spec.n_rot / 2, [0.0; 2]);
+                    table.turns(cx.step.positions[row], &mut scratch.turns);
+                    for head in out.chunks_exact_mut(*head_dim) {
+                        rope::rotate(head, &scratch.turns, spec.pairing);
+                    }
+                });
+            }
+            Op::DeltaGates { alpha, b, decay, beta, .. } => {
+                let (dt_bias, a) = (self.weight().floats(), self.small.as_ref().map_or(&[][..], |w| w.floats()));
+                // SAFETY: see above; the two destinations are different buffers.
+                let (decay, beta) = unsafe { (cx.row_mut(*decay, row), cx.row_mut(*beta, row)) };
+                let (alpha, b) = (cx.row(*alpha, row), cx.row(*b, row));
+                for h in 0..decay.len() {
+                    decay[h] = act::softplus(alpha[h] + dt_bias[h]) * a[h];
+                    beta[h] = act::sigmoid(b[h]);
+                }
+            }
+            Op::SiluMul { gate, up, dst } => {
+                // SAFETY: see above.
+                act::silu_mul(cx.row(*gate, row), cx.row(*up, row), unsafe { cx.row_mut(*dst, row) });
+            }
+            Op::SigmoidMul { src, gate, dst } => {
+                // SAFETY: see above.
+                act::sigmoid_mul(cx.row(*gate, row), cx.row(*src, row), unsafe { cx.row_mut(*dst, row) });
+            }
+            Op::Add { a, b, dst } => {
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                for ((out, a), b) in out.iter_mut().zip(cx.row(*a, row)).zip(cx.row(*b, row)) {
+                    *out = a + b;
+                }
+            }
+            Op::Columns { src, dst, group, offset, len } => {
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                for (x, out) in cx.row(*src, row).chunks_exact(*group).zip(out.chunks_exact_mut(*len)) {
+                    out.copy_from_slice(&x[*offset..offset + len]);
+                }
+            }
+            Op::Place { src, dst, column } => {
+                let x = cx.row(*src, row);
+                // SAFETY: see above; other ops of the wave place other columns.
+                unsafe { cx.part_mut(*dst, row, *column..column + x.len()) }.copy_from_slice(x);
+            }
+            Op::SelectOutputs { src, dst } => {
+                let from = cx.step.outputs[row] as usize;
+                // SAFETY: see above.
+                unsafe { cx.row_mut(*dst, row) }.copy_from_slice(cx.row(*src, from));
+            }
+            Op::MatMul { .. }
+            | Op::KvAppend { .. }
+            | Op::Attention(_)
+            | Op::ShortConv { .. }
+            | Op::DeltaRule { .. } => unreachable!("cut in other ways"),
+        }
+    }
+
+    fn matmul(&self, cx: &Cx<'_>, n_threads: usize, tile: usize, src: Buf, dst: Buf) {
+        let (n_out, n) = (cx.plan.width(dst), cx.n_rows(dst));
+        let chunk = matmul_chunk(n_out, n_threads);
+        let outputs: Range<usize> = tile * chunk..((tile + 1) * chunk).min(n_out);
+        let m = outputs.len();
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch { weights, out, .. } = scratch;
+            out.resize(n * m, 0.0);
+            (cx.table.matmul_tile)(&self.weight().rows(outputs.start, m), cx.all(src), weights, out);
+            let bias = self.small.as_ref().map(|b| &b.floats()[outputs.clone()]);
+            for (row, values) in out.chunks_exact_mut(m).enumerate() {
+                if let Some(bias) = bias {
+                    values.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+                }
+                // SAFETY: this tile alone writes these columns.
+                unsafe { cx.part_mut(dst, row, outputs.clone()) }.copy_from_slice(values);
+            }
+        });
+    }
+
+    fn kv_append(&self, cx: &Cx<'_>, lane: &Lane<'_>, k: Buf, v: Buf) {
+        let KvPlace { offset, n_head, head_dim } = self.kv();
+        let width = n_head * head_dim;
+        for (i, row) in lane.rows.clone().enumerate() {
+            let cell = lane.n_past + i;
+            let page = lane.pages[cell / cx.page_len].0 as usize;
+            let at = offset + cell % cx.page_len * width;
+            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles the
+            // whole lane, and no op reads pages in this wave.
+            let page = unsafe { &mut cx.pages.range(page..page + 1)[0] };
+            let Some(page) = page else { panic!("a KV page without storage") };
+            write_row(cx.row(k, row), page.write(at, width));
+            write_row(cx.row(v, row), page.write(at + cx.page_len * width, width));
+        }
+    }
+
+    /// All query heads of one row that read one KV head.
+    fn attention(&self, cx: &Cx<'_>, op: &AttentionOp, row: usize, head_kv: usize) {
+        let KvPlace { offset, n_head, head_dim } = self.kv();
+        let (width, page_len) = (n_head * head_dim, cx.page_len);
+        let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
+        let visible = visible_cells(lane, row - lane.rows.start, op.mask, op.window);
+        let per_kv = op.n_head / n_head;
+        for head in head_kv * per_kv..(head_kv + 1) * per_kv {
+            let columns = head * head_dim..(head + 1) * head_dim;
+            let q = &cx.row(op.q, row)[columns.clone()];
+            // SAFETY: this tile alone writes the heads of this group in this row.
+            let out = unsafe { cx.part_mut(op.dst, row, columns) };
+            let mut softmax = RunningSoftmax::new(cx.table, Query { q, scale: op.scale, softcap: None }, out);
+            for page in visible.start / page_len..visible.end.div_ceil(page_len) {
+                let id = lane.pages[page].0 as usize;
+                // SAFETY: no op writes pages in this wave.
+                let Some(data) = (unsafe { &cx.pages.get(id..id + 1)[0] }) else {
+                    panic!("a KV page without storage")
+                };
+                let rows = |start| KvRows { data: data.read(start, page_len * width), stride: width, offset: head_kv * head_dim };
+                let first = page * page_len;
+                let cells = visible.start.max(first) - first..visible.end.min(first + page_len) - first;
+                softmax.attend_page(rows(offset), rows(offset + page_len * width), cells);
+            }
+            softmax.finish(self.small.as_ref().map(|sinks| sinks.floats()[head]));
+        }
+    }
+
+    /// Some channels of one lane: all its rows in order, then the tail.
+    fn short_conv(&self, cx: &Cx<'_>, src: Buf, dst: Buf, lane: usize, chunk: usize) {
+        let Some((state, StateDecl::ConvTail { channels, width })) = self.state else {
+            unreachable!("a convolution over a tail")
+        };
+        let lane = &cx.step.lanes[lane];
+        let Some(slot) = lane.slot else { panic!("a recurrent model's lane without a slot") };
+        let slot = slot.0 as usize;
+        let columns = chunk * TILE_CHANNELS..((chunk + 1) * TILE_CHANNELS).min(channels);
+        let n_tail = width - 1;
+        let weights = &self.weight().floats()[columns.start * width..columns.end * width];
+        let tail_at = |j: usize| {
+            let start = (slot * n_tail + j) * channels;
+            start + columns.start..start + columns.end
+        };
+        let input = |i: usize| &cx.row(src, lane.rows.start + i)[columns.clone()];
+        let mut taps: Vec<&[f32]> = vec![&[]; width];
+        for i in 0..lane.rows.len() {
+            for (j, tap) in taps.iter_mut().enumerate() {
+                // Tap j looks back n_tail - j rows: into the lane, or before it into the tail.
+                *tap = match (i + j).checked_sub(n_tail) {
+                    Some(row) => input(row),
+                    // SAFETY: this tile alone touches these channels of this slot's tail, and writes them only below.
+                    None => unsafe { cx.slot_data[state].get(tail_at(i + j)) },
+                };
+            }
+            // SAFETY: this tile alone writes these channels of the lane's rows.
+            let out = unsafe { cx.part_mut(dst, lane.rows.start + i, columns.clone()) };
+            short_conv_silu(&taps, weights, out);
+        }
+        drop(taps);
+        for (i, row) in (lane.n_certain..lane.rows.len()).enumerate() {
+            let start = (slot * cx.n_tentative_max + i) * channels;
+            // SAFETY: this tile alone writes these channels of this slot's window.
+            unsafe { cx.slot_window[state].range(start + columns.start..start + columns.end) }
+                .copy_from_slice(input(row));
+        }
+        // The tail moves over the certain rows, one channel run at a time.
+        let mut tail: Vec<f32> = Vec::with_capacity(n_tail * columns.len());
+        for j in 0..n_tail {
+            // SAFETY: as above.
+            tail.extend_from_slice(unsafe { cx.slot_data[state].get(tail_at(j)) });
+        }
+        let first = lane.n_certain.saturating_sub(n_tail);
+        let certain: Vec<f32> = (first..lane.n_certain).flat_map(|i| input(i).iter().copied()).collect();
+        shift_in(&mut tail, &certain, columns.len());
+        for (j, values) in tail.chunks_exact(columns.len()).enumerate() {
+            // SAFETY: as above; no borrow of the tail is left.
+            unsafe { cx.slot_data[state].range(tail_at(j)) }.copy_from_slice(values);
+        }
+    }
+
+    /// One value head of one lane: certain rows advance the state, tentative ones a copy of it.
+    fn delta_rule(&self, cx: &Cx<'_>, tile: usize) {
+        let Op::DeltaRule { qkv, decay, beta, dst, heads, eps, .. } = self.op else { unreachable!() };
+        let Some((state, StateDecl::Delta { n_head_k, n_head_v, dim_k, dim_v })) = self.state else {
+            unreachable!("a delta rule over a delta state")
+        };
+        let (lane, head) = (&cx.step.lanes[tile / n_head_v], tile % n_head_v);
+        let head_k = match heads {
+            HeadMap::Tiled => head % n_head_k,
+            HeadMap::Grouped => head / (n_head_v / n_head_k),
+        };
+        let Some(slot) = lane.slot else { panic!("a recurrent model's lane without a slot") };
+        let slot = slot.0 as usize;
+        let len = dim_k * dim_v;
+        let start = (slot * n_head_v + head) * len;
+        // SAFETY: this tile alone touches this head's matrix of this slot.
+        let committed = unsafe { cx.slot_data[state].range(start..start + len) };
+        let window = DeltaWindow { n_head_v, dim_k, dim_v };
+        let window_width = n_head_v * (dim_k + dim_v + 2);
+        SCRATCH.with_borrow_mut(|scratch| {
+            let Scratch { state: copy, out: qk, .. } = scratch;
+            qk.resize(2 * dim_k, 0.0);
+            let (q, k) = qk.split_at_mut(dim_k);
+            for (i, row) in lane.rows.clone().enumerate() {
+                let inputs = cx.row(qkv, row);
+                let keys = n_head_k * dim_k;
+                norm::l2_norm(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
+                let scale = 1.0 / (dim_k as f32).sqrt();
+                q.iter_mut().for_each(|q| *q *= scale);
+                norm::l2_norm(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
+                let v = &inputs[2 * keys + head * dim_v..2 * keys + (head + 1) * dim_v];
+                let (g, beta) = (cx.row(decay, row)[head], cx.row(beta, row)[head]);
+                let token = DeltaToken::new(k, v, g, beta);
+                // SAFETY: this tile alone writes this head's columns of the lane's rows.
+                let out = unsafe { cx.part_mut(dst, row, head * dim_v..(head + 1) * dim_v) };
+                if i < lane.n_certain {
+                    delta_step(cx.table, committed, &token, q, out);
+                    continue;
+                }
+                if i == lane.n_certain {
+                    copy.clear();
+                    copy.extend_from_slice(committed);
+                }
+                delta_step(cx.table, copy, &token, q, out);
+                let at = (slot * cx.n_tentative_max + i - lane.n_certain) * window_width;
+                let (k_at, v_at, gates_at) = window.parts(head);
+                let part = |at: usize, len: usize| {
+                    // SAFETY: this tile alone writes this head's parts of this slot's window.
+                    unsafe { cx.slot_window[state].range(at..at + len) }
+                };
+                part(at + k_at, dim_k).copy_from_slice(k);
+                part(at + v_at, dim_v).copy_from_slice(v);
+                part(at + gates_at, 2).copy_from_slice(&[g, beta]);
+            }
+        });
+    }
+}
+
+/// Cells that row `i` of a lane sees: always a run, because windows and masks only cut at its ends.
+fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usize>) -> Range<usize> {
+    let cell = lane.n_past + i;
+    let end = match mask {
+        BlockMask::Causal => cell + 1,
+        BlockMask::Full => lane.n_past + lane.rows.len(),
+    };
+    let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
+    start..end
+}
+
+/// Outputs of a matrix that one tile computes.
+fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
+    (n_out / (4 * n_threads)).clamp(16, 64)
+}
+
+fn row_chunk(width: usize) -> usize {
+    (TILE_VALUES / width.max(1)).max(1)
+}
+
+/// Where an op that handles each row by itself writes.
+fn row_wise_dst(op: &Op) -> Buf {
+    match *op {
+        Op::Embed { dst, .. }
+        | Op::Input { dst }
+        | Op::RmsNorm { dst, .. }
+        | Op::GatedRmsNorm { dst, .. }
+        | Op::Rope { dst, .. }
+        | Op::SiluMul { dst, .. }
+        | Op::SigmoidMul { dst, .. }
+        | Op::Add { dst, .. }
+        | Op::Columns { dst, .. }
+        | Op::SelectOutputs { dst, .. } => dst,
+        // The source has the width of what is written.
+        Op::Place { src, .. } => src,
+        Op::DeltaGates { decay, .. } => decay,
+        Op::MatMul { .. } | Op::KvAppend { .. } | Op::Attention(_) | Op::ShortConv { .. } | Op::DeltaRule { .. } => {
+            unreachable!("cut in other ways")
+        }
+    }
+}

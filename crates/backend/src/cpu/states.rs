@@ -1,0 +1,285 @@
+//! Pages and slots in memory.
+//!
+//! A page holds, for each KV state in turn, its keys and then its values, `page_len` cells of each:
+//!
+//! ```text
+//! page = [ k of state 0 | v of state 0 | k of state 1 | … ]      cell c of a part at c · width
+//! ```
+//!
+//! A recurrent state has one vector over all slots, and one for the tentative windows. Everything grows when a
+//! page or slot is first used.
+
+use std::{
+    any::Any,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use paceline_kernels::{
+    KernelTable, SharedMut, Team,
+    delta::{DeltaToken, delta_advance},
+    f16,
+    kv::{KvData, KvDataMut},
+};
+
+use crate::{KvType, PageId, SlotId, StateConfig, StateDecl, States};
+
+/// Storage of one page.
+pub(super) enum PageData {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+}
+
+impl PageData {
+    fn new(kv_type: KvType, len: usize) -> PageData {
+        match kv_type {
+            KvType::F32 => PageData::F32(vec![0.0; len]),
+            KvType::F16 => PageData::F16(vec![f16::ZERO; len]),
+        }
+    }
+
+    /// Values `start .. start + len`, to read.
+    pub fn read(&self, start: usize, len: usize) -> KvData<'_> {
+        match self {
+            PageData::F32(data) => KvData::F32(&data[start..start + len]),
+            PageData::F16(data) => KvData::F16(&data[start..start + len]),
+        }
+    }
+
+    /// Values `start .. start + len`, to write.
+    pub fn write(&mut self, start: usize, len: usize) -> KvDataMut<'_> {
+        match self {
+            PageData::F32(data) => KvDataMut::F32(&mut data[start..start + len]),
+            PageData::F16(data) => KvDataMut::F16(&mut data[start..start + len]),
+        }
+    }
+
+    fn copy_from(&mut self, other: &PageData) {
+        match (self, other) {
+            (PageData::F32(to), PageData::F32(from)) => to.copy_from_slice(from),
+            (PageData::F16(to), PageData::F16(from)) => to.copy_from_slice(from),
+            _ => unreachable!("all pages of a store have one type"),
+        }
+    }
+}
+
+/// One recurrent state over all slots; empty for KV states.
+#[derive(Default)]
+pub(super) struct SlotStore {
+    /// `[n_slot, slot_width]`: the committed state.
+    pub data: Vec<f32>,
+    /// `[n_slot, n_tentative_max, window_width]`: what tentative rows of the last step left behind.
+    pub window: Vec<f32>,
+}
+
+/// What grows and changes.
+pub(super) struct Inner {
+    pub pages: Vec<Option<PageData>>,
+    /// By state.
+    pub slots: Vec<SlotStore>,
+    /// Tentative rows of the last step, by slot.
+    pub n_tentative: Vec<usize>,
+}
+
+struct Shared {
+    decls: Vec<StateDecl>,
+    config: StateConfig,
+    /// First value of each KV state in a page.
+    offsets: Vec<usize>,
+    page_width: usize,
+    inner: Mutex<Inner>,
+    team: Arc<Team>,
+    table: &'static KernelTable,
+}
+
+/// The CPU's store; clones are handles of the same store.
+pub(super) struct CpuStates(Arc<Shared>);
+
+impl CpuStates {
+    pub fn new(decls: &[StateDecl], config: StateConfig, team: Arc<Team>, table: &'static KernelTable) -> CpuStates {
+        let mut page_width = 0;
+        let offsets = decls
+            .iter()
+            .map(|decl| {
+                let start = page_width;
+                page_width += decl.cell_width() * config.page_len;
+                start
+            })
+            .collect();
+        let inner = Inner {
+            pages: Vec::new(),
+            slots: decls.iter().map(|_| SlotStore::default()).collect(),
+            n_tentative: Vec::new(),
+        };
+        CpuStates(Arc::new(Shared {
+            decls: decls.to_vec(),
+            config,
+            offsets,
+            page_width,
+            inner: Mutex::new(inner),
+            team,
+            table,
+        }))
+    }
+
+    pub fn handle(&self) -> CpuStates {
+        CpuStates(self.0.clone())
+    }
+
+    /// The store, for the length of a step. After a panic in a step its sequences are dropped by whoever caught
+    /// it, so a poisoned lock hides nothing.
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.inner.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// First value of a KV state's keys in a page; its values follow.
+    pub fn page_offset(&self, state: usize) -> usize {
+        self.0.offsets[state]
+    }
+
+    fn grow(&self, inner: &mut Inner, slot: SlotId) {
+        let n_slot = slot.0 as usize + 1;
+        if inner.n_tentative.len() >= n_slot {
+            return;
+        }
+        inner.n_tentative.resize(n_slot, 0);
+        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
+            store.data.resize(n_slot * decl.slot_width(), 0.0);
+            store.window.resize(n_slot * self.0.config.n_tentative_max * decl.window_width(), 0.0);
+        }
+    }
+}
+
+impl States for CpuStates {
+    fn decls(&self) -> &[StateDecl] {
+        &self.0.decls
+    }
+
+    fn config(&self) -> StateConfig {
+        self.0.config
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.0.page_width * self.0.config.kv_type.bytes()
+    }
+
+    fn slot_bytes(&self) -> usize {
+        let n_window = self.0.config.n_tentative_max;
+        self.0.decls.iter().map(|d| 4 * (d.slot_width() + n_window * d.window_width())).sum()
+    }
+
+    fn page_alloc(&self, page: PageId) {
+        let mut inner = self.lock();
+        let at = page.0 as usize;
+        if inner.pages.len() <= at {
+            inner.pages.resize_with(at + 1, || None);
+        }
+        inner.pages[at] = Some(PageData::new(self.0.config.kv_type, self.0.page_width));
+    }
+
+    fn page_release(&self, page: PageId) {
+        self.lock().pages[page.0 as usize] = None;
+    }
+
+    fn page_copy(&self, from: PageId, to: PageId) {
+        let mut inner = self.lock();
+        let mut target = inner.pages[to.0 as usize].take();
+        match (&inner.pages[from.0 as usize], &mut target) {
+            (Some(source), Some(target)) => target.copy_from(source),
+            _ => panic!("page_copy {from:?} -> {to:?} without storage"),
+        }
+        inner.pages[to.0 as usize] = target;
+    }
+
+    fn slot_reset(&self, slot: SlotId) {
+        let mut inner = self.lock();
+        self.grow(&mut inner, slot);
+        let s = slot.0 as usize;
+        inner.n_tentative[s] = 0;
+        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
+            let width = decl.slot_width();
+            store.data[s * width..(s + 1) * width].fill(0.0);
+        }
+    }
+
+    fn slot_copy(&self, from: SlotId, to: SlotId) {
+        let mut inner = self.lock();
+        self.grow(&mut inner, from.max(to));
+        inner.n_tentative[to.0 as usize] = 0;
+        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
+            let width = decl.slot_width();
+            let start = from.0 as usize * width;
+            store.data.copy_within(start..start + width, to.0 as usize * width);
+        }
+    }
+
+    fn slot_commit(&self, slot: SlotId, n_rows: usize) {
+        let mut inner = self.lock();
+        let s = slot.0 as usize;
+        let n_tentative = std::mem::take(&mut inner.n_tentative[s]);
+        assert!(n_rows <= n_tentative, "commit of {n_rows} tentative rows of {n_tentative}");
+        if n_rows == 0 {
+            return;
+        }
+        let n_window = self.0.config.n_tentative_max;
+        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
+            let (width, row) = (decl.slot_width(), decl.window_width());
+            let data = &mut store.data[s * width..(s + 1) * width];
+            let window = &store.window[s * n_window * row..(s * n_window + n_rows) * row];
+            match *decl {
+                StateDecl::Kv { .. } => {}
+                StateDecl::ConvTail { channels, .. } => shift_in(data, window, channels),
+                StateDecl::Delta { n_head_v, dim_k, dim_v, .. } => {
+                    let layout = DeltaWindow { n_head_v, dim_k, dim_v };
+                    let head_len = dim_k * dim_v;
+                    let data = SharedMut::new(data);
+                    self.0.team.for_each(n_head_v, &|head| {
+                        // SAFETY: each tile takes its own head's matrix.
+                        let state = unsafe { data.range(head * head_len..(head + 1) * head_len) };
+                        for row in window.chunks_exact(row) {
+                            let token = layout.token(row, head);
+                            delta_advance(self.0.table, state, &token);
+                        }
+                    });
+                }
+            }
+        }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Moves `rows` into a tail of the same width, oldest first.
+pub(super) fn shift_in(tail: &mut [f32], rows: &[f32], width: usize) {
+    let (n_tail, n_rows) = (tail.len() / width, rows.len() / width);
+    if n_rows >= n_tail {
+        tail.copy_from_slice(&rows[(n_rows - n_tail) * width..]);
+    } else {
+        tail.copy_within(n_rows * width.., 0);
+        tail[(n_tail - n_rows) * width..].copy_from_slice(rows);
+    }
+}
+
+/// What a tentative row of a delta rule leaves in the window: for every value head its key, already
+/// normalised, its value, the logarithm of the decay, and beta. Heads that share a key store it once each: a few
+/// values more, and a commit that needs no head map.
+#[derive(Clone, Copy)]
+pub(super) struct DeltaWindow {
+    pub n_head_v: usize,
+    pub dim_k: usize,
+    pub dim_v: usize,
+}
+
+impl DeltaWindow {
+    /// Where value head `head` keeps its parts in a row: key, value, decay and beta.
+    pub fn parts(&self, head: usize) -> (usize, usize, usize) {
+        let keys = self.n_head_v * self.dim_k;
+        (head * self.dim_k, keys + head * self.dim_v, keys + self.n_head_v * self.dim_v + 2 * head)
+    }
+
+    fn token<'a>(&self, row: &'a [f32], head: usize) -> DeltaToken<'a> {
+        let (k, v, gates) = self.parts(head);
+        DeltaToken::new(&row[k..k + self.dim_k], &row[v..v + self.dim_v], row[gates], row[gates + 1])
+    }
+}

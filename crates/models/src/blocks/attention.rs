@@ -1,0 +1,184 @@
+//! Softmax attention with grouped KV heads, per-head norms of queries and keys, partial rotary embedding, and
+//! the sigmoid output gate of Qwen3.5 where the query projection carries one.
+//!
+//! ```text
+//! q = rope(norm(Wq x))   k = rope(norm(Wk x))   v = Wv x
+//! y = Wo ( softmax(q·k / sqrt(head_dim)) v  [* sigmoid(gate)] )
+//! ```
+//!
+//! Keys are cached after norm and rotation, values as they come.
+
+use paceline_backend::{
+    AttentionOp, BlockMask, Buf, Matrix, PlanBuilder, RopeSpec, StateDecl, StateId, Vector,
+};
+
+use crate::{Error, Weights};
+
+/// Sizes and variants of an attention layer.
+#[derive(Clone, Debug)]
+pub struct AttentionShape {
+    /// Width of the input.
+    pub n_embd: usize,
+    /// Query heads.
+    pub n_head: usize,
+    /// KV heads.
+    pub n_head_kv: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Rotary embedding.
+    pub rope: RopeSpec,
+    /// Added to the mean square in the head norms.
+    pub eps: f32,
+    /// True if each head of the query projection is followed by a gate of the same width.
+    pub gated: bool,
+    /// True if queries and keys are normed per head.
+    pub head_norm: bool,
+    /// Visibility among the rows of a lane.
+    pub mask: BlockMask,
+    /// Sliding window.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// What the layer remembers.
+    pub fn state(&self) -> StateDecl {
+        StateDecl::Kv { n_head: self.n_head_kv, head_dim: self.head_dim }
+    }
+
+    fn q_width(&self) -> usize {
+        self.n_head * self.head_dim * if self.gated { 2 } else { 1 }
+    }
+
+    fn kv_width(&self) -> usize {
+        self.n_head_kv * self.head_dim
+    }
+}
+
+/// Projections as the file has them.
+enum Qkv {
+    Split { q: Matrix, k: Matrix, v: Matrix, bias: [Option<Vector>; 3] },
+    /// Rows: all of q, then k, then v.
+    Fused(Matrix),
+}
+
+/// An attention layer.
+pub struct Attention {
+    shape: AttentionShape,
+    qkv: Qkv,
+    q_norm: Option<Vector>,
+    k_norm: Option<Vector>,
+    output: Matrix,
+    output_bias: Option<Vector>,
+    sinks: Option<Vector>,
+    state: StateId,
+}
+
+impl Attention {
+    /// Loads `{prefix}attn_q`, `attn_k`, `attn_v` (or a fused `attn_qkv`), `attn_output`, and the optional norms,
+    /// biases and sinks.
+    pub fn load(w: &Weights, prefix: &str, shape: AttentionShape, state: StateId) -> Result<Attention, Error> {
+        let name = |part: &str| format!("{prefix}attn_{part}.weight");
+        let bias = |part: &str, len: usize| w.vector_opt(&format!("{prefix}attn_{part}.bias"), len, "outputs");
+        let (n_embd, n_q, n_kv) = (shape.n_embd, shape.q_width(), shape.kv_width());
+        let qkv = if w.has(&name("qkv")) {
+            Qkv::Fused(w.matrix(&name("qkv"), [n_embd, n_q + 2 * n_kv], "n_embd, q|k|v rows")?)
+        } else {
+            Qkv::Split {
+                q: w.matrix(&name("q"), [n_embd, n_q], "n_embd, n_head·head_dim")?,
+                k: w.matrix(&name("k"), [n_embd, n_kv], "n_embd, n_head_kv·head_dim")?,
+                v: w.matrix(&name("v"), [n_embd, n_kv], "n_embd, n_head_kv·head_dim")?,
+                bias: [bias("q", n_q)?, bias("k", n_kv)?, bias("v", n_kv)?],
+            }
+        };
+        let norm = |part| match shape.head_norm {
+            true => w.vector(&name(part), shape.head_dim, "head_dim").map(Some),
+            false => Ok(None),
+        };
+        let n_out = shape.n_head * shape.head_dim;
+        Ok(Attention {
+            qkv,
+            q_norm: norm("q_norm")?,
+            k_norm: norm("k_norm")?,
+            output: w.matrix(&name("output"), [n_out, n_embd], "n_head·head_dim, n_embd")?,
+            output_bias: bias("output", n_embd)?,
+            sinks: w.vector_opt(&name("sinks"), shape.n_head, "n_head")?,
+            state,
+            shape,
+        })
+    }
+
+    /// `[n, n_embd] -> [n, n_embd]`.
+    pub fn forward(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
+        let shape = &self.shape;
+        let (q, k, v) = self.project(p, x);
+        let (q, gate) = match shape.gated {
+            true => {
+                let (d, pair) = (shape.head_dim, 2 * shape.head_dim);
+                (p.columns(q, pair, 0, d), Some(p.columns(q, pair, d, d)))
+            }
+            false => (q, None),
+        };
+        let q = self.turn(p, q, self.q_norm.as_ref());
+        let k = self.turn(p, k, self.k_norm.as_ref());
+        p.kv_append(self.state, k, v);
+        let y = p.attention(|dst| AttentionOp {
+            state: self.state,
+            q,
+            dst,
+            n_head: shape.n_head,
+            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+            mask: shape.mask,
+            window: shape.window,
+            sinks: self.sinks.map(|s| s.id),
+        });
+        let y = match gate {
+            Some(gate) => p.sigmoid_mul(y, gate),
+            None => y,
+        };
+        p.matmul_bias(y, &self.output, self.output_bias.as_ref())
+    }
+
+    /// Writes keys and values of rows that somebody else computed the features of: how a drafter's context comes
+    /// to be. Same weights, norm and rotation as in [`forward`](Self::forward).
+    pub fn append_only(&self, p: &mut PlanBuilder<'_>, context: Buf) {
+        let (k, v) = self.project_kv(p, context);
+        let k = self.turn(p, k, self.k_norm.as_ref());
+        p.kv_append(self.state, k, v);
+    }
+
+    fn project(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Buf, Buf) {
+        match &self.qkv {
+            Qkv::Split { q, k, v, bias: [bq, bk, bv] } => (
+                p.matmul_bias(x, q, bq.as_ref()),
+                p.matmul_bias(x, k, bk.as_ref()),
+                p.matmul_bias(x, v, bv.as_ref()),
+            ),
+            Qkv::Fused(qkv) => {
+                let all = p.matmul(x, qkv);
+                let (n_q, n_kv, width) = (self.shape.q_width(), self.shape.kv_width(), qkv.n_out);
+                let q = p.columns(all, width, 0, n_q);
+                (q, p.columns(all, width, n_q, n_kv), p.columns(all, width, n_q + n_kv, n_kv))
+            }
+        }
+    }
+
+    fn project_kv(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Buf) {
+        match &self.qkv {
+            Qkv::Split { k, v, bias: [_, bk, bv], .. } => {
+                (p.matmul_bias(x, k, bk.as_ref()), p.matmul_bias(x, v, bv.as_ref()))
+            }
+            Qkv::Fused(_) => {
+                let (_, k, v) = self.project(p, x);
+                (k, v)
+            }
+        }
+    }
+
+    fn turn(&self, p: &mut PlanBuilder<'_>, x: Buf, norm: Option<&Vector>) -> Buf {
+        let x = match norm {
+            Some(norm) => p.rms_norm(x, norm, self.shape.eps),
+            None => x,
+        };
+        p.rope(x, self.shape.head_dim, &self.shape.rope)
+    }
+}

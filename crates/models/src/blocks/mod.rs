@@ -1,0 +1,13 @@
+//! The parts that architectures share.
+
+pub mod attention;
+pub mod decoder;
+pub mod delta_net;
+pub mod embedding;
+pub mod mlp;
+
+pub use attention::{Attention, AttentionShape};
+pub use decoder::Decoder;
+pub use delta_net::{DeltaNet, DeltaNetShape};
+pub use embedding::Ends;
+pub use mlp::Mlp;

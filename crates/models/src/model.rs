@@ -1,0 +1,36 @@
+//! What every architecture offers.
+
+use paceline_backend::{Buf, Matrix, PlanBuilder, StateDecl};
+
+use crate::{Error, Hparams, Weights};
+
+/// An architecture: its name in GGUF files and how it is loaded.
+pub struct Arch {
+    /// `general.architecture`.
+    pub name: &'static str,
+    /// Loads a model and proves every shape that `record` relies on.
+    pub load: fn(&Weights) -> Result<Box<dyn Model>, Error>,
+}
+
+/// Weights of a target that its drafter uses too.
+#[derive(Clone, Copy, Debug)]
+pub struct SharedWeights {
+    /// Token embedding table.
+    pub tok_embd: Matrix,
+    /// Factor on embedded rows.
+    pub embd_scale: f32,
+    /// Output head; the embedding table itself if tied.
+    pub output: Matrix,
+}
+
+/// A loaded target. Immutable, shared by all sequences.
+pub trait Model: Send + Sync {
+    /// Sizes.
+    fn hparams(&self) -> &Hparams;
+    /// What its layers remember of a sequence; `StateId(i)` is the `i`-th.
+    fn states(&self) -> &[StateDecl];
+    /// Embedding and head.
+    fn shared(&self) -> SharedWeights;
+    /// Records tokens `[n]` -> logits `[n_out, n_vocab]`. Called once; the backend replays the result each step.
+    fn record(&self, p: &mut PlanBuilder<'_>) -> Buf;
+}
