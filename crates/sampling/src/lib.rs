@@ -38,6 +38,7 @@
 
 mod candidates;
 mod history;
+mod log_sum_exp;
 mod logprobs;
 pub mod noise;
 mod params;

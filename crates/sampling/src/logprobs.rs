@@ -3,7 +3,8 @@
 //! Either the model's own distribution, the log-softmax of the logits as they came, or (`post_sampling_probs`)
 //! the one that the chain left, from which the token was drawn. Drafted or not, the numbers are the target's.
 
-use crate::candidates::{Candidate, log_sum_exp, top_n};
+use crate::candidates::{Candidate, top_n};
+use crate::log_sum_exp::log_sum_exp;
 
 /// The probability of a chosen token and of the likeliest ones, as natural logarithms.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,8 +4,9 @@
 //! [`Sampler::accept_prompt`] change what later choices see, so verifying a draft is: choose at its first
 //! position, accept that token whatever it is, and go on exactly while the draft agrees.
 
-use crate::candidates::{Candidate, Candidates, argmax, log_sum_exp};
+use crate::candidates::{Candidate, Candidates, argmax};
 use crate::history::History;
+use crate::log_sum_exp::log_sum_exp;
 use crate::logprobs::TokenLogprobs;
 use crate::noise::{PositionNoise, gumbel_bound, gumbel_of};
 use crate::params::{ParamError, SamplingParams};
