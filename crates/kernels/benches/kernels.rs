@@ -45,8 +45,8 @@ mod matmul {
     fn run(bencher: Bencher<'_, '_>, ty: GgmlType, n: usize) {
         let (n_rows, n_in) = (256, 4096);
         let bytes = quantize_rows(ty, n_in, &noise(n_rows * n_in));
-        let dequantize = format(ty).expect("a format of the list").dequantize;
-        let w = WeightRows { dequantize, bytes: &bytes, n_rows, n_in };
+        let format = format(ty).expect("a format of the list");
+        let w = WeightRows::new(format, &bytes, n_rows, n_in);
         let (x, mut scratch, mut out) = (noise(n * n_in), Vec::new(), vec![0.0; n * n_rows]);
         bencher
             .counter(BytesCount::new(bytes.len()))

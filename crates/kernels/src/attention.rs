@@ -78,7 +78,7 @@ impl<'a> RunningSoftmax<'a> {
             return;
         }
         if let Some(sink) = sink {
-            self.raise_max(sink);
+            // Overflows only where the cells' share is zero, as it should be: 1/∞.
             self.sum += (sink - self.max).exp();
         }
         (self.table.scale)(self.acc, 1.0 / self.sum);

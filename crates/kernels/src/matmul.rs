@@ -13,6 +13,8 @@
 //! back, a vector at a time, and sums its lanes in one fixed order at the end. Blocking over rows
 //! and columns only chooses which outputs sit in registers together.
 
+use crate::formats::Format;
+
 /// Widens quantised (or half-precision) weights: whole quant blocks in, as many floats out.
 pub type Dequantize = fn(&[u8], &mut [f32]);
 
@@ -29,7 +31,19 @@ pub struct WeightRows<'a> {
     pub n_in: usize,
 }
 
-impl WeightRows<'_> {
+impl<'a> WeightRows<'a> {
+    /// Rows of a tensor in this format.
+    ///
+    /// # Panics
+    /// If a row is not a whole number of quant blocks, or the bytes are not those of the rows.
+    pub fn new(format: &Format, bytes: &'a [u8], n_rows: usize, n_in: usize) -> Self {
+        let ty = format.ty;
+        assert!(n_in.is_multiple_of(ty.block_len()), "a row of {n_in} in {} blocks", ty.name());
+        let expected = n_rows * n_in / ty.block_len() * ty.block_bytes();
+        assert_eq!(bytes.len(), expected, "bytes of {} weights [{n_rows}, {n_in}]", ty.name());
+        Self { dequantize: format.dequantize, bytes, n_rows, n_in }
+    }
+
     /// Widens row `r` into `out [n_in]`.
     pub fn dequantize_row(&self, r: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.n_in, "a row of n_in floats");
@@ -52,7 +66,7 @@ impl WeightRows<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::{FORMATS, Format};
+    use crate::formats::FORMATS;
     use crate::table::KernelTable;
     use proptest::prelude::*;
 
@@ -77,20 +91,15 @@ mod tests {
     impl Case {
         /// `n_in` is rounded up to whole quant blocks.
         fn new(format: &'static Format, n_rows: usize, n_in: usize, n: usize, seed: u64) -> Self {
-            let n_in = n_in.next_multiple_of(format.ty.block_len() as usize);
-            let n_blocks = n_rows * n_in / format.ty.block_len() as usize;
-            let mut bytes = vec![0; n_blocks * format.ty.block_bytes() as usize];
+            let n_in = n_in.next_multiple_of(format.ty.block_len());
+            let n_blocks = n_rows * n_in / format.ty.block_len();
+            let mut bytes = vec![0; n_blocks * format.ty.block_bytes()];
             (format.quantize)(&noise(n_rows * n_in, seed), &mut bytes);
             Self { format, bytes, n_rows, n_in, x: noise(n * n_in, seed + 1) }
         }
 
         fn weights(&self) -> WeightRows<'_> {
-            WeightRows {
-                dequantize: self.format.dequantize,
-                bytes: &self.bytes,
-                n_rows: self.n_rows,
-                n_in: self.n_in,
-            }
+            WeightRows::new(self.format, &self.bytes, self.n_rows, self.n_in)
         }
 
         fn product(&self, table: &KernelTable, x: &[f32]) -> Vec<f32> {
@@ -186,8 +195,14 @@ mod tests {
     fn no_columns_is_no_output() {
         let case = Case::new(&FORMATS[0], 3, 8, 0, 1);
         for table in KernelTable::available() {
-            assert_eq!(case.product(table, &[]), []);
+            assert!(case.product(table, &[]).is_empty());
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "bytes of f32 weights [2, 3]")]
+    fn weights_of_another_shape_are_refused() {
+        WeightRows::new(&FORMATS[0], &[0; 20], 2, 3);
     }
 
     #[test]

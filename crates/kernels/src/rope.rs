@@ -143,10 +143,14 @@ mod tests {
 
     #[test]
     fn far_positions_are_exact() {
-        // 10^6 mod 2π = 5.9256211… by long division.
-        let table = RopeTable::new(2, 10_000.0, None);
-        let expected = [5.925_621_1f64.cos() as f32, 5.925_621_1f64.sin() as f32];
-        check(&table, 1_000_000, Pairing::HalfSplit, &[1.0, 0.0], &expected);
+        // Pair 1 of 3 turns by pos · 10000^(-1/3): 40 digits of the angle, then cosine and sine.
+        let table = RopeTable::new(6, 10_000.0, None);
+        let head = [0.0, 1.0, 0.0, 0.0, 0.0, 0.0];
+        for (position, cos, sin) in
+            [(262_143, -0.977_639_7, -0.210_287_22), (1_000_000, -0.414_756_94, 0.909_932_24)]
+        {
+            check(&table, position, Pairing::HalfSplit, &head, &[0.0, cos, 0.0, 0.0, sin, 0.0]);
+        }
     }
 
     #[test]

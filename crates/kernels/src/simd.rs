@@ -230,6 +230,7 @@ impl Block<'_> {
     /// # Safety
     /// The CPU has the features of `S`; `w` holds `R` rows and `x` `C` rows of `n_in` floats.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // c and r index sums, weights and pointers alike
     unsafe fn product<S: Simd, const R: usize, const C: usize>(self) {
         debug_assert_eq!(self.w.len(), (R - 1) * self.w_stride + self.n_in);
         debug_assert_eq!(self.x.len(), C * self.n_in);

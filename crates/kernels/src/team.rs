@@ -332,6 +332,26 @@ mod tests {
     }
 
     #[test]
+    fn the_caller_waits_for_the_last_tile() {
+        let team = Team::new(2);
+        let caller = std::thread::current().id();
+        for _ in 0..20 {
+            let (arrived, done) = (AtomicU32::new(0), AtomicU32::new(0));
+            team.for_each(2, &|_| {
+                arrived.fetch_add(1, Ordering::SeqCst);
+                while arrived.load(Ordering::SeqCst) < 2 {
+                    std::thread::yield_now();
+                }
+                if std::thread::current().id() != caller {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                done.fetch_add(1, Ordering::SeqCst);
+            });
+            assert_eq!(done.into_inner(), 2);
+        }
+    }
+
+    #[test]
     fn a_panic_reaches_the_caller_after_all_tiles_and_the_team_stays_usable() {
         for n_threads in [1, 3] {
             let team = Team::new(n_threads);
@@ -362,7 +382,7 @@ mod tests {
                 sum.fetch_add(i * 10 + j, Ordering::Relaxed);
             });
         });
-        assert_eq!(sum.into_inner(), (0..100).sum());
+        assert_eq!(sum.into_inner(), 4950);
     }
 
     #[test]
