@@ -142,14 +142,19 @@ pub struct Engine {
     vocab: Arc<Vocab>,
     config: EngineConfig,
     slots: Vec<Option<Active>>,
-    waiting: VecDeque<Request>,
+    waiting: VecDeque<(Request, Sampler)>,
     counters: Counters,
     out: StepOut,
 }
 
 impl Engine {
     /// An engine that serves `target`, guessing with `drafter` where there is one.
-    pub fn new(target: Target, drafter: Option<Box<dyn Drafter>>, vocab: Arc<Vocab>, config: EngineConfig) -> Self {
+    pub fn new(
+        target: Target,
+        drafter: Option<Box<dyn Drafter>>,
+        vocab: Arc<Vocab>,
+        config: EngineConfig,
+    ) -> Self {
         assert!(config.n_slot > 0 && config.n_ctx > 1 && config.n_ubatch > 0, "{config:?}");
         Engine {
             slots: (0..config.n_slot).map(|_| None).collect(),
@@ -178,23 +183,25 @@ impl Engine {
         if let Some(slot) = request.slot.filter(|&slot| slot >= self.config.n_slot) {
             return Err(SubmitError::BadSlot { slot, n_slot: self.config.n_slot });
         }
-        request.sampling.validate(n_vocab)?;
-        let n_free = self.slots.iter().filter(|s| s.is_none()).count();
-        if self.waiting.len() >= self.config.n_queue_max + n_free {
-            return Err(SubmitError::QueueFull { n_waiting: self.waiting.len() });
-        }
         if request.ignore_eos {
             let eog = (0..n_vocab as Token).filter(|&t| self.vocab.is_eog(t));
             request.sampling.logit_bias.extend(eog.map(|t| (t, f32::NEG_INFINITY)));
         }
-        request.sampling.logit_bias.extend(self.vocab.suppressed().iter().map(|&t| (t, f32::NEG_INFINITY)));
-        self.waiting.push_back(request);
+        let suppressed = self.vocab.suppressed().iter().filter(|&&t| (t as usize) < n_vocab);
+        request.sampling.logit_bias.extend(suppressed.map(|&t| (t, f32::NEG_INFINITY)));
+        let mut sampler = Sampler::new(request.sampling.clone(), n_vocab, request.dry_breakers.clone())?;
+        sampler.accept_prompt(&request.prompt);
+        let n_free = self.slots.iter().filter(|s| s.is_none()).count();
+        if self.waiting.len() >= self.config.n_queue_max + n_free {
+            return Err(SubmitError::QueueFull { n_waiting: self.waiting.len() });
+        }
+        self.waiting.push_back((request, sampler));
         Ok(())
     }
 
     /// Ends a request without an answer; its slot is free at once. False if it was not known any more.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        if let Some(at) = self.waiting.iter().position(|r| r.id == id) {
+        if let Some(at) = self.waiting.iter().position(|(r, _)| r.id == id) {
             self.waiting.remove(at);
             return true;
         }
@@ -244,26 +251,25 @@ impl Engine {
     fn admit(&mut self, events: &mut Vec<Event>) {
         let mut at = 0;
         while at < self.waiting.len() {
-            let free = match self.waiting[at].slot {
+            let free = match self.waiting[at].0.slot {
                 Some(wanted) => Some(wanted).filter(|&slot| self.slots[slot].is_none()),
                 None => self.slots.iter().position(Option::is_none),
             };
-            let (Some(slot), true) = (free, at < self.waiting.len()) else {
+            let Some(slot) = free else {
                 at += 1;
                 continue;
             };
-            let Some(request) = self.waiting.remove(at) else { break };
+            let Some((request, sampler)) = self.waiting.remove(at) else { break };
             let n_draft_max = request.n_draft_max.unwrap_or(usize::MAX).min(self.config.n_draft_max);
             let note = match &self.drafter {
                 None => SpeculationNote::NoDrafter,
                 Some(_) if n_draft_max == 0 => SpeculationNote::OffByRequest,
                 Some(_) => SpeculationNote::Active,
             };
-            let mut sampler = Sampler::new(request.sampling.clone(), self.target.n_vocab);
-            sampler.accept_prompt(&request.prompt);
             let seq = self.target.memory.create();
             events.push(Event::Started { request: request.id, slot, n_cached: 0 });
-            let mut active = Active::new(request, seq, sampler, n_draft_max, self.config.n_ctx, self.vocab.clone());
+            let mut active =
+                Active::new(request, seq, sampler, n_draft_max, self.config.n_ctx, self.vocab.clone());
             active.stats.speculation = note;
             self.slots[slot] = Some(active);
         }
@@ -302,7 +308,9 @@ impl Engine {
             // A drafter's word is not trusted: an id out of range would index past tables further on.
             let in_range = draft.tokens.iter().all(|&t| (t as usize) < self.target.n_vocab);
             let fault = match draft.fault.take() {
-                None if !in_range => Some("it proposed a token that the vocabulary does not have".to_string()),
+                None if !in_range => {
+                    Some("it proposed a token that the vocabulary does not have".to_string())
+                }
                 fault => fault,
             };
             if let Some(reason) = fault {
@@ -362,7 +370,12 @@ impl Engine {
     }
 
     /// Verifies every lane, commits what is final in both memories, and emits. Returns the slots that are done.
-    fn verify_and_commit(&mut self, plan: &StepPlan, drafts: &[Draft], events: &mut Vec<Event>) -> Vec<usize> {
+    fn verify_and_commit(
+        &mut self,
+        plan: &StepPlan,
+        drafts: &[Draft],
+        events: &mut Vec<Event>,
+    ) -> Vec<usize> {
         let mut finished = Vec::new();
         let mut moved = Vec::with_capacity(plan.lanes.len());
         let (mut row, mut output) = (0, 0);
@@ -382,7 +395,8 @@ impl Engine {
                         for (i, n) in self.counters.accepted_by_position.iter_mut().enumerate() {
                             *n += u64::from(i < decided.n_accepted);
                         }
-                        let extra = decided.n_accepted.saturating_sub(self.counters.accepted_by_position.len());
+                        let extra =
+                            decided.n_accepted.saturating_sub(self.counters.accepted_by_position.len());
                         self.counters.accepted_by_position.extend(vec![1; extra]);
                         let (drafts, drafted, accepted) = &mut self.counters.drafts;
                         *drafts += u64::from(lane.n_draft > 0);

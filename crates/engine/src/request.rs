@@ -1,6 +1,8 @@
 //! What a client asks for, already checked and tokenised.
 
-use paceline_sampling::SamplingParams;
+use std::sync::Arc;
+
+use paceline_sampling::{DryBreakers, SamplingParams};
 
 use crate::Token;
 
@@ -17,6 +19,8 @@ pub struct Request {
     pub prompt: Vec<Token>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
+    /// The tokens of `sampling.dry_sequence_breakers`; only looked at where DRY is on.
+    pub dry_breakers: Arc<DryBreakers>,
     /// Most tokens to generate; none means until the context is full.
     pub n_predict: Option<usize>,
     /// Strings that end the answer and are not part of it.
@@ -38,6 +42,7 @@ impl Request {
             id,
             prompt,
             sampling: SamplingParams::default(),
+            dry_breakers: Arc::default(),
             n_predict: None,
             stop: Vec::new(),
             ignore_eos: false,

@@ -64,7 +64,14 @@ pub(crate) struct Active {
 const USELESS_AFTER: usize = 64;
 
 impl Active {
-    pub fn new(request: Request, seq: SeqId, sampler: Sampler, n_draft_max: usize, n_ctx: usize, vocab: Arc<Vocab>) -> Self {
+    pub fn new(
+        request: Request,
+        seq: SeqId,
+        sampler: Sampler,
+        n_draft_max: usize,
+        n_ctx: usize,
+        vocab: Arc<Vocab>,
+    ) -> Self {
         Active {
             request: request.id,
             seq,
@@ -126,7 +133,8 @@ impl Active {
             let piece = self.decoder.push(id);
             let stopped = self.stop.push(&piece);
             text.push_str(&stopped.text);
-            if let Some(word) = stopped.stop {
+            if let Some(i) = stopped.stopped {
+                let word = self.stop.stop_string(i).to_owned();
                 return (text, out, Some(Finish::Stop(word)));
             }
             if self.n_predict.is_some_and(|n| self.stats.n_predicted >= n) {
