@@ -1,0 +1,258 @@
+//! The hash model behind the traits of a device: pages, slots and forwards that are strict about their contract.
+//!
+//! What a real device would let pass, and compute nonsense from, panics here: a page or slot without storage, a
+//! cell never written since its page was handed out, a slot run twice without a commit between, a commit of more
+//! rows than the window holds. What can't be noticed locally (a stale but written cell, a state advanced over the
+//! wrong rows) changes the hash instead.
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use paceline_backend::{Exec, Lane, PageId, SlotId, StateConfig, StateDecl, States, Step, StepOut};
+
+use crate::{
+    HashModel, Token,
+    hash_model::{Cell, Past, Recurrent},
+};
+
+/// Calls so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Traffic {
+    /// Pages given storage.
+    pub n_alloc: usize,
+    /// Pages whose storage was returned.
+    pub n_release: usize,
+    /// Pages copied.
+    pub n_copy: usize,
+    /// Slots reset or copied into.
+    pub n_slot_start: usize,
+}
+
+/// A slot: what is committed, and the rows of the last step that may be.
+#[derive(Clone, Debug, Default)]
+struct Slot {
+    committed: Recurrent,
+    /// Tentative rows of a step that has not been committed.
+    window: Option<Vec<(Token, u32)>>,
+}
+
+#[derive(Debug, Default)]
+struct Stores {
+    /// Cells of the pages that have storage; none where nothing was written since.
+    pages: HashMap<PageId, Vec<Option<Cell>>>,
+    slots: HashMap<SlotId, Slot>,
+    traffic: Traffic,
+}
+
+/// Pages and slots of the hash model.
+#[derive(Debug)]
+pub struct HashStates {
+    decls: Vec<StateDecl>,
+    config: StateConfig,
+    stores: Mutex<Stores>,
+}
+
+impl HashStates {
+    /// Empty stores.
+    pub fn new(decls: Vec<StateDecl>, config: StateConfig) -> HashStates {
+        HashStates { decls, config, stores: Mutex::default() }
+    }
+
+    /// Pages that have storage.
+    pub fn n_page(&self) -> usize {
+        self.stores().pages.len()
+    }
+
+    /// What was called so far.
+    pub fn traffic(&self) -> Traffic {
+        self.stores().traffic
+    }
+
+    // A panic under the lock has already failed the test; hiding it behind a poisoned lock helps nobody.
+    fn stores(&self) -> MutexGuard<'_, Stores> {
+        self.stores.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stores {
+    fn cell(&mut self, lane: &Lane<'_>, page_len: usize, at: usize) -> &mut Option<Cell> {
+        let page = lane.pages[at / page_len];
+        match self.pages.get_mut(&page) {
+            Some(cells) => &mut cells[at % page_len],
+            None => panic!("cell {at} is in {page:?}, which has no storage"),
+        }
+    }
+
+    fn slot(&mut self, slot: SlotId) -> &mut Slot {
+        match self.slots.get_mut(&slot) {
+            Some(slot) => slot,
+            None => panic!("{slot:?} was never reset"),
+        }
+    }
+}
+
+impl States for HashStates {
+    fn decls(&self) -> &[StateDecl] {
+        &self.decls
+    }
+
+    fn config(&self) -> StateConfig {
+        self.config
+    }
+
+    fn page_bytes(&self) -> usize {
+        self.decls.iter().map(StateDecl::cell_width).sum::<usize>() * self.config.page_len * 4
+    }
+
+    fn slot_bytes(&self) -> usize {
+        let width = |d: &StateDecl| d.slot_width() + d.window_width() * self.config.n_tentative_max;
+        self.decls.iter().map(width).sum::<usize>() * 4
+    }
+
+    fn page_alloc(&self, page: PageId) {
+        let mut stores = self.stores();
+        stores.traffic.n_alloc += 1;
+        let old = stores.pages.insert(page, vec![None; self.config.page_len]);
+        assert!(old.is_none(), "{page:?} has storage already");
+    }
+
+    fn page_release(&self, page: PageId) {
+        let mut stores = self.stores();
+        stores.traffic.n_release += 1;
+        assert!(stores.pages.remove(&page).is_some(), "release of {page:?}, which has no storage");
+    }
+
+    fn page_copy(&self, from: PageId, to: PageId) {
+        let mut stores = self.stores();
+        stores.traffic.n_copy += 1;
+        let Some(cells) = stores.pages.get(&from).cloned() else {
+            panic!("copy of {from:?} without storage")
+        };
+        let Some(place) = stores.pages.get_mut(&to) else { panic!("copy into {to:?} without storage") };
+        *place = cells;
+    }
+
+    fn slot_reset(&self, slot: SlotId) {
+        let mut stores = self.stores();
+        stores.traffic.n_slot_start += 1;
+        stores.slots.insert(slot, Slot::default());
+    }
+
+    fn slot_copy(&self, from: SlotId, to: SlotId) {
+        let mut stores = self.stores();
+        stores.traffic.n_slot_start += 1;
+        let of = stores.slot(from);
+        assert!(of.window.is_none(), "copy of {from:?} inside a step");
+        let committed = of.committed;
+        stores.slots.insert(to, Slot { committed, window: None });
+    }
+
+    fn slot_commit(&self, slot: SlotId, n_rows: usize) {
+        let mut stores = self.stores();
+        let of = stores.slot(slot);
+        let Some(window) = of.window.take() else { panic!("commit of {slot:?}, which ran no step") };
+        assert!(
+            n_rows <= window.len(),
+            "commit of {n_rows} rows of {slot:?}, whose window has {}",
+            window.len()
+        );
+        for &(token, position) in &window[..n_rows] {
+            of.committed.advance(token, position);
+        }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Forwards of the hash model.
+#[derive(Debug)]
+pub struct HashExec {
+    model: HashModel,
+    states: Arc<HashStates>,
+}
+
+impl HashExec {
+    /// A forward over `states`.
+    pub fn new(model: HashModel, states: Arc<HashStates>) -> HashExec {
+        HashExec { model, states }
+    }
+
+    /// Hashes of a lane's rows; leaves cells and slot as [`Lane`] says.
+    fn lane(&self, stores: &mut Stores, lane: &Lane<'_>, tokens: &[Token], positions: &[u32]) -> Vec<u64> {
+        let page_len = self.states.config.page_len;
+        let mut past = Past::default();
+        if self.model.kind.has_pages() {
+            for at in 0..lane.n_past {
+                match stores.cell(lane, page_len, at) {
+                    Some(cell) => past.attended = cell.attend(past.attended),
+                    None => panic!("cell {at} of {} is read and was never written", lane.n_past),
+                }
+            }
+        }
+        let slot = lane.slot.filter(|_| self.model.kind.has_slots());
+        assert_eq!(slot.is_some(), self.model.kind.has_slots(), "a lane with {:?}", lane.slot);
+        if let Some(slot) = slot {
+            let of = stores.slot(slot);
+            assert!(of.window.is_none(), "the last step of {slot:?} was not committed");
+            past.recurrent = of.committed;
+        }
+        let mut rows = Vec::with_capacity(tokens.len());
+        for (i, (&token, &position)) in tokens.iter().zip(positions).enumerate() {
+            let row = self.model.row(token, position, &past);
+            rows.push(row);
+            if self.model.kind.has_pages() {
+                let cell = Cell { token, position, row };
+                past.attended = cell.attend(past.attended);
+                *stores.cell(lane, page_len, lane.n_past + i) = Some(cell);
+            }
+            past.recurrent.advance(token, position);
+            if let Some(slot) = slot.filter(|_| i < lane.n_certain) {
+                stores.slot(slot).committed = past.recurrent;
+            }
+        }
+        if let Some(slot) = slot {
+            let window: Vec<_> =
+                tokens.iter().copied().zip(positions.iter().copied()).skip(lane.n_certain).collect();
+            let n_max = self.states.config.n_tentative_max;
+            assert!(
+                window.len() <= n_max,
+                "{} tentative rows, the window has room for {n_max}",
+                window.len()
+            );
+            stores.slot(slot).window = Some(window);
+        }
+        rows
+    }
+}
+
+impl Exec for HashExec {
+    fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
+        // A page list is only there for models with pages.
+        if self.model.kind.has_pages() {
+            step.check(self.states.config.page_len);
+        }
+        if !self.model.delay.is_zero() {
+            std::thread::sleep(self.model.delay);
+        }
+        let mut stores = self.states.stores();
+        let mut rows = Vec::with_capacity(step.n_rows());
+        for lane in step.lanes {
+            let range = lane.rows.clone();
+            rows.extend(self.lane(&mut stores, lane, &step.tokens[range.clone()], &step.positions[range]));
+        }
+        (out.output_width, out.taps_width) = (self.model.n_vocab, self.model.n_tap);
+        out.output.clear();
+        for &row in step.outputs {
+            self.model.logits_into(rows[row as usize], step.tokens[row as usize], &mut out.output);
+        }
+        out.taps.clear();
+        for &row in &rows {
+            self.model.taps_into(row, &mut out.taps);
+        }
+    }
+}
