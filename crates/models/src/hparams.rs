@@ -32,6 +32,11 @@ pub struct Hparams {
 impl Hparams {
     /// Reads the keys that all architectures share; `n_layer` counts every block of the file.
     pub fn read(w: &Weights) -> Result<Hparams, Error> {
+        Hparams::read_with_vocab(w, w.n_vocab()?)
+    }
+
+    /// [`read`](Self::read) for a file that borrows its vocabulary, as drafters do.
+    pub fn read_with_vocab(w: &Weights, n_vocab: usize) -> Result<Hparams, Error> {
         let meta = w.metadata();
         let count = |suffix: &str| -> Result<usize, Error> {
             let n = meta.require_u32(&w.key(suffix))? as usize;
@@ -72,7 +77,7 @@ impl Hparams {
         let hparams = Hparams {
             n_layer: count("block_count")?,
             n_embd,
-            n_vocab: w.n_vocab()?,
+            n_vocab,
             n_ctx_train: count("context_length")?,
             n_head,
             n_head_kv,
