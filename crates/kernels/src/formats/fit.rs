@@ -173,9 +173,12 @@ pub fn signed_block<const GROUPS: usize, const LEN: usize>(
     let free: [f32; GROUPS] = array::from_fn(|g| levels.fit(&x[g], &w[g], |d| d));
     let widest = free.iter().fold(0.0f32, |max, &d| if d.abs() > max.abs() { d } else { max });
     let mut best = (f32::INFINITY, 0.0, [0; GROUPS]);
-    // The widest scale takes the end of the integer range, which has one more step on the negative side.
-    let mut d = rounded_to_f16(widest / -(n_scales as f32));
-    for _ in 0..3 {
+    // The widest scale takes the end of the integer range, which has one more step on the negative side, or a place just
+    // before it: a block that was quantised before may lie on that grid.
+    let starts = (0..4).map(|i| Some(widest / (i - n_scales) as f32));
+    let mut refit = 0.0;
+    for start in starts.chain([None, None]) {
+        let d = rounded_to_f16(start.unwrap_or(refit));
         let mut scales = [0; GROUPS];
         let (mut error, mut xq, mut qq) = (0.0, 0.0, 0.0);
         for g in 0..GROUPS {
@@ -200,8 +203,8 @@ pub fn signed_block<const GROUPS: usize, const LEN: usize>(
         }
         if error < best.0 {
             best = (error, d, scales);
+            refit = if qq > 0.0 { xq / qq } else { 0.0 };
         }
-        d = rounded_to_f16(if qq > 0.0 { xq / qq } else { 0.0 });
     }
 
     let (_, d, scales) = best;
@@ -335,10 +338,15 @@ pub fn offset_block<const GROUPS: usize, const LEN: usize>(
     let (w, _) = weights.as_chunks::<LEN>();
 
     let free: [Line; GROUPS] = array::from_fn(|g| codes.fit(&x[g], &w[g], |line| line));
-    let mut d = rounded_to_f16(free.iter().fold(0.0f32, |max, line| max.max(line.d)) / scale_max);
-    let mut d_min = rounded_to_f16(free.iter().fold(0.0f32, |max, line| max.max(-line.b)) / scale_max);
-    let mut best = (f32::INFINITY, d, d_min, [(0.0, 0.0); GROUPS]);
-    for _ in 0..3 {
+    let steepest = free.iter().fold(0.0f32, |max, line| max.max(line.d));
+    let lowest = free.iter().fold(0.0f32, |max, line| max.max(-line.b));
+    let mut best = (f32::INFINITY, 0.0, 0.0, [(0.0, 0.0); GROUPS]);
+    // As with signed formats the widest takes the end of the integer range or a place just before it.
+    let starts = STARTS.iter().map(|(i, j)| Some((steepest / (scale_max - i), lowest / (scale_max - j))));
+    let mut refit = (0.0, 0.0);
+    for start in starts.chain([None, None]) {
+        let (d, d_min) = start.unwrap_or(refit);
+        let (d, d_min) = (rounded_to_f16(d), rounded_to_f16(d_min));
         let mut steps = [(0.0, 0.0); GROUPS];
         let mut error = 0.0;
         // Sums of the regression of all 256 values on u = scale·code and v = -min.
@@ -375,13 +383,14 @@ pub fn offset_block<const GROUPS: usize, const LEN: usize>(
         }
         if error < best.0 {
             best = (error, d, d_min, steps);
+            let determinant = uu * vv - uv * uv;
+            // Without a determinant there are no offsets or nothing but offsets, and the first fits were right.
+            refit = if determinant > 0.0 {
+                (((vv * xu - uv * xv) / determinant).max(0.0), ((uu * xv - uv * xu) / determinant).max(0.0))
+            } else {
+                (d, d_min)
+            };
         }
-        let determinant = uu * vv - uv * uv;
-        if determinant <= 0.0 {
-            break; // no offsets, or nothing but offsets: the first fit was already exact in the other
-        }
-        d = rounded_to_f16(((vv * xu - uv * xv) / determinant).max(0.0));
-        d_min = rounded_to_f16(((uu * xv - uv * xu) / determinant).max(0.0));
     }
 
     let (_, d, d_min, steps) = best;
@@ -397,6 +406,9 @@ pub fn offset_block<const GROUPS: usize, const LEN: usize>(
         }),
     }
 }
+
+/// How far from the end of their range the widest scale and the lowest offset start.
+const STARTS: [(f32, f32); 4] = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)];
 
 /// A pair of integers and the eight around it, itself first so that it wins ties.
 const NEIGHBOURS: [(f32, f32); 9] = [

@@ -29,7 +29,9 @@ impl BlockFormat<17, 32> for Blocks {
 
     #[inline(always)]
     fn quantize(values: &[f32; 32], block: &mut [u8; 17]) {
-        let values = values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(f32::MIN, f32::MAX) });
+        // The last value that does not become infinite when it is rounded up to a level.
+        let limit = 12.0 * scale(252);
+        let values = values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(-limit, limit) });
         let max = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         // The largest level, 12, lies in [2^3, 2^4): this exponent puts the largest value there too.
         let exponent = (max.to_bits() >> 23) as i32 - 127;

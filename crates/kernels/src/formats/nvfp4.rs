@@ -38,9 +38,10 @@ impl BlockFormat<36, 64> for Blocks {
             let x = fit::finite(x);
             let w = fit::importance(&x);
             let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-            // The first scale that does not clip, one above it, and those below as far as half of it.
+            // The first scale that does not clip, those above as far as the largest value still has level 6, and those
+            // below as far as half of it.
             let unclipped = (1..0x7e).find(|&sc| half_e4m3(sc) * 12.0 >= max).unwrap_or(0x7e);
-            let candidates = unclipped.saturating_sub(8).max(1)..=(unclipped + 1).min(0x7e);
+            let candidates = unclipped.saturating_sub(8).max(1)..=(unclipped + 8).min(0x7e);
             let (_, sc) = candidates
                 .map(|sc| (error(&x, &w, 1.0 / half_e4m3(sc)) * half_e4m3(sc).powi(2), sc))
                 .min_by(|a, b| a.0.total_cmp(&b.0))

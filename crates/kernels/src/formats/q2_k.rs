@@ -34,8 +34,8 @@ impl BlockFormat<84, 256> for Blocks {
     #[inline(always)]
     fn quantize(values: &[f32; 256], block: &mut [u8; 84]) {
         let fitted = fit::offset_block::<16, 16>(values, 3.0, 15.0);
-        for g in 0..16 {
-            block[g] = fitted.scales[g] | fitted.mins[g] << 4;
+        for (byte, (scale, min)) in block.iter_mut().zip(fitted.scales.iter().zip(fitted.mins)) {
+            *byte = scale | min << 4;
         }
         block[16..80].copy_from_slice(&pack_pairs(&fitted.codes));
         block[80..82].copy_from_slice(&fitted.d);

@@ -48,9 +48,9 @@ pub fn unpack(qh: &[u8; 4], qs: &[u8; 16]) -> [u8; 32] {
     for n in 0..16 {
         q[16 + n] = qs[n] >> 4;
     }
-    for n in 0..32 {
+    for (n, q) in q.iter_mut().enumerate() {
         // A mask that is constant for each n: a shift by n has no vector form before AVX2.
-        q[n] |= if qh & (1 << n) != 0 { 16 } else { 0 };
+        *q |= if qh & (1 << n) != 0 { 16 } else { 0 };
     }
     q
 }

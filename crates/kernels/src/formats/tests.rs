@@ -2,7 +2,14 @@
 
 use paceline_gguf::GgmlType::{self, *};
 
+use std::cell::Cell;
+
 use super::*;
+
+thread_local! {
+    /// Whether this thread's conversions do without the vectors that not every CPU has.
+    pub static BASELINE_ONLY: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Rows of Gaussian values (Box and Muller) from a seed.
 fn gaussian(n: usize, seed: u64) -> Vec<f32> {
@@ -35,36 +42,10 @@ fn relative_rms(want: &[f32], got: &[f32]) -> f64 {
     (error / norm).sqrt()
 }
 
-#[test]
-fn measure() {
-    for format in FORMATS {
-        let x: Vec<f32> = gaussian(256 * 400, 7).iter().map(|x| x * 0.03).collect();
-        let t = std::time::Instant::now();
-        let data = quantize_rows(format.ty, x.len(), &x);
-        let tq = t.elapsed();
-        let mut out = vec![0.0; x.len()];
-        let t = std::time::Instant::now();
-        for _ in 0..20 {
-            (format.dequantize)(&data, &mut out);
-        }
-        let td = t.elapsed();
-        let again = round_trip(format.ty, &out);
-        let moved = out.iter().zip(&again).filter(|(a, b)| a != b).count();
-        println!(
-            "{:8} rms {:.5} quantise {:.1} ns/value dequantise {:.3} ns/value again {:.6} moved {}",
-            format.ty.name(),
-            relative_rms(&x, &out),
-            tq.as_nanos() as f64 / x.len() as f64,
-            td.as_nanos() as f64 / 20. / x.len() as f64,
-            relative_rms(&out, &again),
-            moved
-        );
-    }
-}
-
 /// Bytes `(73·i + 41) & 255` with the scale (and offset) overwritten, and what they mean: the sum of all values, and those
 /// at 0, 1, 15, 16, half of the block, and the end.
-const GOLDEN: &[(GgmlType, &[(usize, u16)], f64, [f32; 6])] = &[
+#[rustfmt::skip]
+const GOLDEN: &[Golden] = &[
     (Q4_0, &[(0, D)], -3.299194, [0.299927, -0.399902, -0.599854, 0.299927, 0.299927, -0.799805]),
     (Q4_1, &[(0, D), (2, M)], 24.494507, [1.362183, 0.662354, 0.462402, 0.462402, 0.462402, 0.962280]),
     (Q5_0, &[(0, D)], -4.498901, [1.499634, 0.799805, -0.999756, 1.299683, 1.299683, 0.199951]),
@@ -80,6 +61,7 @@ const GOLDEN: &[(GgmlType, &[(usize, u16)], f64, [f32; 6])] = &[
     (Q6_K, &[(208, D)], -1484.037598, [16.096069, -4.598877, 73.582031, -34.991455, -34.291626, 28.792969]),
     (IQ4_XS, &[(0, D)], -644.842529, [-301.526367, 72.482300, 2.899292, -28.992920, 176.756836, -74.981689]),
 ];
+type Golden = (GgmlType, &'static [(usize, u16)], f64, [f64; 6]);
 const D: u16 = 0x2e66; // 0.0999756
 const M: u16 = 0x2c00; // 0.0625
 
@@ -95,9 +77,199 @@ fn golden_blocks() {
         let close = |got: f64, want: f64| (got - want).abs() <= 1e-4 * want.abs();
         let n = got.len();
         for (at, want) in [0, 1, 15, 16, n / 2, n - 1].into_iter().zip(elements) {
-            assert!(close(f64::from(got[at]), f64::from(*want)), "{name} value {at}: {} != {want}", got[at]);
+            assert!(close(f64::from(got[at]), *want), "{name} value {at}: {} != {want}", got[at]);
         }
         let got: f64 = got.iter().map(|x| f64::from(*x)).sum();
         assert!(close(got, *sum), "{name} sum: {got} != {sum}");
     }
+}
+
+/// Relative RMS error of Gaussian rows, and what quantising a second time may add. The bounds leave little above what
+/// the searches reach: a few percent of the first; the second is 0 where a block has no scale of scales.
+const BOUNDS: &[(GgmlType, f64, f64)] = &[
+    (F32, 0.0, 0.0),
+    (F16, 0.00022, 0.0),
+    (BF16, 0.0018, 0.0),
+    (Q8_0, 0.0055, 0.0),
+    (Q6_K, 0.0175, 0.002),
+    (Q5_K, 0.0355, 0.004),
+    (Q5_1, 0.0345, 0.0),
+    (Q5_0, 0.0415, 0.0),
+    (Q4_K, 0.072, 0.002),
+    (Q4_1, 0.0715, 0.0),
+    (Q4_0, 0.0835, 0.0),
+    (IQ4_NL, 0.076, 0.0),
+    (IQ4_XS, 0.0765, 0.0005),
+    (MXFP4, 0.113, 0.0),
+    (NVFP4, 0.084, 0.0),
+    (Q3_K, 0.149, 0.001),
+    (Q2_K, 0.276, 0.005),
+];
+
+#[test]
+fn errors_stay_within_their_bounds() {
+    assert_eq!(BOUNDS.len(), FORMATS.len());
+    for (ty, first, second) in BOUNDS {
+        for (seed, scale) in [(1, 0.25), (2, 1.0), (3, 100.0)] {
+            let x: Vec<f32> = gaussian(256 * 60, seed).iter().map(|x| x * scale).collect();
+            let once = round_trip(*ty, &x);
+            let twice = round_trip(*ty, &once);
+            let (error, again) = (relative_rms(&x, &once), relative_rms(&once, &twice));
+            assert!(error <= *first, "{ty}: {error} > {first}");
+            assert!(again <= *second, "{ty}, second time: {again} > {second}");
+        }
+    }
+}
+
+/// Values on the grid of a type, every group with both of its ends and the widest scale there is, are kept exactly.
+#[test]
+fn representable_values_are_kept() {
+    let check = |ty: GgmlType, levels: &[f32], scale: f32, offset: f32| {
+        let n = levels.len();
+        // Both ends at the start of every sixteen, then a walk through all levels.
+        let level = |i: usize| match i % 16 {
+            0 => levels[0],
+            1 => levels[n - 1],
+            _ => levels[i * 7 % n],
+        };
+        let x: Vec<f32> = (0..512).map(|i| level(i) * scale + offset).collect();
+        assert_eq!(round_trip(ty, &x), x, "{ty}");
+    };
+    let integers = |lo: i32, hi: i32| (lo..=hi).map(|q| q as f32).collect::<Vec<_>>();
+    let unit = 1.0 / 256.0;
+    check(F32, &integers(-9, 9), 0.3, 0.1);
+    check(F16, &integers(-1024, 1024), unit, 0.0);
+    check(BF16, &integers(-128, 128), unit, 0.0);
+    check(Q8_0, &integers(-127, 127), unit, 0.0);
+    check(Q6_K, &integers(-32, 31), 128.0 * unit, 0.0);
+    check(Q5_K, &integers(0, 31), 63.0 * unit, -63.0 * 8.0 * unit);
+    check(Q5_1, &integers(0, 31), unit, -5.0 * unit);
+    check(Q5_0, &integers(-16, 15), unit, 0.0);
+    check(Q4_K, &integers(0, 15), 63.0 * unit, -63.0 * 4.0 * unit);
+    check(Q4_1, &integers(0, 15), unit, 3.0 * unit);
+    check(Q4_0, &integers(-8, 7), -unit, 0.0);
+    check(IQ4_NL, &iq4_nl::LEVELS, unit, 0.0);
+    check(IQ4_XS, &iq4_nl::LEVELS, 32.0 * unit, 0.0);
+    check(
+        MXFP4,
+        &[-12.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0],
+        unit,
+        0.0,
+    );
+    check(
+        NVFP4,
+        &[-12.0, -8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0],
+        unit,
+        0.0,
+    );
+    check(Q3_K, &integers(-4, 3), 32.0 * unit, 0.0);
+    check(Q2_K, &integers(0, 3), 15.0 * unit, -15.0 * 2.0 * unit);
+}
+
+#[test]
+fn zeros_stay_zeros() {
+    for format in FORMATS {
+        assert_eq!(round_trip(format.ty, &[0.0; 512]), [0.0; 512], "{}", format.ty);
+    }
+}
+
+#[test]
+fn equal_values_stay_equal() {
+    for format in FORMATS {
+        let bound = match format.ty {
+            MXFP4 => 0.08, // a power of two times a number of two bits
+            NVFP4 => 0.04, // steps of an eighth
+            _ => 0.005,
+        };
+        for x in [0.7, -0.7, 3.1, -100.0] {
+            let got = round_trip(format.ty, &[x; 256]);
+            assert!(got.iter().all(|y| y == &got[0]), "{} {x}", format.ty);
+            assert!((got[0] - x).abs() <= bound * x.abs(), "{}: {x} became {}", format.ty, got[0]);
+        }
+    }
+}
+
+#[test]
+fn one_sided_values_are_no_worse() {
+    for (ty, bound, _) in BOUNDS {
+        let positive: Vec<f32> = gaussian(256 * 20, 4).iter().map(|x| x.abs()).collect();
+        let negative: Vec<f32> = positive.iter().map(|x| -x).collect();
+        for x in [positive, negative] {
+            let error = relative_rms(&x, &round_trip(*ty, &x));
+            assert!(error <= bound * 1.03, "{ty}: {error} > {bound}");
+        }
+    }
+}
+
+/// Whatever comes in, what comes out is finite, has no sign that did not come in, and is not larger by much.
+#[test]
+fn extreme_values_stay_finite() {
+    let gauss = gaussian(256, 5);
+    let scaled = |scale: f32| gauss.iter().map(|x| x * scale).collect::<Vec<_>>();
+    let with = |at: &[(usize, f32)]| {
+        let mut x = gauss.clone();
+        at.iter().for_each(|(i, value)| x[*i] = *value);
+        x
+    };
+    let rows = [
+        scaled(1e-40),
+        scaled(1e-20),
+        scaled(1e-7),
+        scaled(1e6),
+        scaled(1e20),
+        vec![f32::MAX; 256],
+        vec![f32::MIN; 256],
+        vec![f32::MIN_POSITIVE; 256],
+        with(&[(3, 1e30), (200, -1e30)]),
+        with(&[(0, f32::NAN), (100, f32::NAN)]),
+        with(&[(7, f32::INFINITY), (77, f32::NEG_INFINITY)]),
+        vec![f32::NAN; 256],
+    ];
+    for format in FORMATS.iter().filter(|format| format.ty.is_quantized()) {
+        for (row, x) in rows.iter().enumerate() {
+            let got = round_trip(format.ty, x);
+            let largest = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+            for (x, y) in x.iter().zip(&got) {
+                assert!(y.is_finite() && y.abs() <= largest * 1.5, "{} row {row}: {x} became {y}", format.ty);
+            }
+        }
+        // Small, but well inside the range of the scales of all types.
+        let small = scaled(0.01);
+        let bound = if format.ty == NVFP4 {
+            0.3
+        } else {
+            0.3f64.min(0.02 + 2.5 / f64::from(1u32 << bits(format.ty)))
+        };
+        let error = relative_rms(&small, &round_trip(format.ty, &small));
+        assert!(error < bound, "{}: {error} > {bound}", format.ty);
+    }
+}
+
+/// Whole bits of a code.
+fn bits(ty: GgmlType) -> u32 {
+    ty.bits_per_weight() as u32
+}
+
+#[test]
+fn wider_vectors_change_no_bit() {
+    for format in FORMATS {
+        let x = gaussian(256 * 4, 6);
+        let (data, values) = (quantize_rows(format.ty, 256, &x), round_trip(format.ty, &x));
+        BASELINE_ONLY.set(true);
+        assert!(quantize_rows(format.ty, 256, &x) == data, "{}: other blocks", format.ty);
+        assert_eq!(round_trip(format.ty, &x), values, "{}", format.ty);
+        BASELINE_ONLY.set(false);
+    }
+}
+
+#[test]
+#[should_panic(expected = "not whole q4_k blocks of 256")]
+fn a_row_is_whole_blocks() {
+    quantize_rows(Q4_K, 128, &[0.0; 256]);
+}
+
+#[test]
+#[should_panic(expected = "1 blocks of 34 and a rest of 1")]
+fn lengths_must_agree() {
+    (format(Q8_0).unwrap().dequantize)(&[0; 35], &mut [0.0; 32]);
 }
