@@ -52,7 +52,7 @@ impl Config {
         Some(Config { path: self.path.clone(), prefix: format!("{}{key}.", self.prefix), json })
     }
 
-    pub(crate) fn error(&self, key: &str, expected: impl Into<String>, hint: &str) -> Error {
+    pub(crate) fn error(&self, key: &str, expected: impl Into<String>, hint: &'static str) -> Error {
         const MAX_CHARS: usize = 80;
         let found = match self.json.get(key) {
             None if key.is_empty() => "something else".to_string(),
@@ -68,7 +68,7 @@ impl Config {
             key: format!("{}{key}", self.prefix),
             expected: expected.into(),
             found,
-            hint: if hint.is_empty() { String::new() } else { format!("; {hint}") },
+            hint,
         }
     }
 

@@ -39,7 +39,7 @@ pub enum Error {
     },
 
     /// A key of a JSON file is missing, or its value is of another kind or not supported.
-    #[error("{path}: `{key}`: expected {expected}, found {found}{hint}")]
+    #[error("{path}: `{key}`: expected {expected}, found {found}{}{hint}", if .hint.is_empty() { "" } else { "; " })]
     Config {
         /// Which file.
         path: PathBuf,
@@ -49,8 +49,8 @@ pub enum Error {
         expected: String,
         /// What is there.
         found: String,
-        /// The way out, after `; `, or nothing.
-        hint: String,
+        /// The way out, where there is one.
+        hint: &'static str,
     },
 
     /// An architecture without a family here.

@@ -25,6 +25,7 @@ mod types;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use paceline_gguf::{GgmlType, Metadata, TensorSink, Writer};
 use paceline_kernels::formats::quantize_rows;
@@ -206,7 +207,7 @@ fn write_tensor(
     ty: GgmlType,
     sink: &mut TensorSink,
 ) -> Result<(), Error> {
-    const CHUNK_LEN: usize = 1 << 20;
+    const CHUNK_LEN: usize = 1 << 22;
     match &tensor.source {
         Source::Values(values) => sink.put(&quantize_rows(ty, values.len(), values))?,
         Source::Checkpoint { tensor, row_len, layout } => {
@@ -218,9 +219,25 @@ fn write_tensor(
                 for i in first..(first + n_chunk).min(rows.len()) {
                     layout.convert_row(&rows.row(layout.rows.source(i))?, &mut values);
                 }
-                sink.put(&quantize_rows(ty, *row_len, &values))?;
+                for part in quantize(ty, *row_len, &values) {
+                    sink.put(&part)?;
+                }
             }
         }
     }
     Ok(())
+}
+
+/// The rows' bytes, made by all cores: some types search long for the best scales. The parts are in order, and how the
+/// rows were divided leaves no trace in them.
+fn quantize(ty: GgmlType, row_len: usize, values: &[f32]) -> Vec<Vec<u8>> {
+    const MIN_LEN: usize = 1 << 14;
+    let n_thread = thread::available_parallelism().map_or(1, |n| n.get());
+    let part_len = values.len().div_ceil(n_thread).max(MIN_LEN).next_multiple_of(row_len);
+    let parts = values.chunks(part_len);
+    thread::scope(|scope| {
+        let running: Vec<_> =
+            parts.map(|part| scope.spawn(move || quantize_rows(ty, row_len, part))).collect();
+        running.into_iter().map(|part| part.join().expect("whole rows can be quantised")).collect()
+    })
 }

@@ -247,12 +247,8 @@ impl File {
             let ty = if control { TokenType::Control } else { TokenType::UserDefined };
             put(text, token.get("id").and_then(Json::as_u64), ty)?;
         }
-        let mut vocab = Vocab {
-            path: self.config.path().to_owned(),
-            texts: Strings::new(),
-            types: Vec::with_capacity(n_vocab),
-            ids: HashMap::new(),
-        };
+        let mut vocab =
+            Vocab { texts: Strings::new(), types: Vec::with_capacity(n_vocab), ids: HashMap::new() };
         for (id, slot) in slots.into_iter().enumerate() {
             let (text, ty) = slot.unwrap_or_else(|| (format!("[PAD{id}]"), TokenType::Unused));
             vocab.texts.push(&text);
@@ -300,7 +296,6 @@ const DAMAGED: &str = "the file is damaged: download it again";
 
 /// Every id's text and type, padding included.
 struct Vocab {
-    path: PathBuf,
     texts: Strings,
     types: Vec<i32>,
     ids: HashMap<String, u32>,
@@ -327,13 +322,11 @@ impl Vocab {
             Some(Json::Number(id)) => vec![id.as_u64().and_then(|id| id.try_into().ok()).unwrap_or(u32::MAX)],
             _ => return Ok(Vec::new()),
         };
-        match ids.iter().find(|&&id| id as usize >= self.types.len()) {
-            None => Ok(ids),
-            Some(_) => {
-                let expected = format!("ids below {}", self.types.len());
-                Err(generation.error("eos_token_id", expected, &format!("see {}", self.path.display())))
-            }
+        if ids.iter().any(|&id| id as usize >= self.types.len()) {
+            let expected = format!("ids below {}", self.types.len());
+            return Err(generation.error("eos_token_id", expected, "the file is of another model"));
         }
+        Ok(ids)
     }
 }
 
