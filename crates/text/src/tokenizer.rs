@@ -64,16 +64,12 @@ impl Tokenizer {
         if options.add_bos && vocab.add_bos() {
             tokens.extend(vocab.bos());
         }
-        let n_added = tokens.len();
         let mut opens = true;
-        for fragment in self.special.partition(text, options.parse_special) {
+        for (i, fragment) in self.special.partition(text, options.parse_special).into_iter().enumerate() {
             match fragment {
-                Fragment::Special(token) => {
-                    // Templates that write BOS themselves must not get a second one.
-                    if tokens.len() != n_added || n_added == 0 || tokens[0] != token {
-                        tokens.push(token);
-                    }
-                }
+                // Templates that write BOS themselves must not get a second one.
+                Fragment::Special(token) if i == 0 && tokens.first() == Some(&token) => {}
+                Fragment::Special(token) => tokens.push(token),
                 Fragment::Text(text) => match &self.algorithm {
                     Algorithm::ByteLevelBpe(bpe) => bpe.encode(vocab, text, &mut tokens),
                     Algorithm::Gemma(bpe) => bpe.encode(vocab, text, &mut tokens),

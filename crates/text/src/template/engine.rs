@@ -13,7 +13,7 @@ use crate::Error;
 
 /// Instructions that one rendering may take: far more than any real conversation needs, and the bound on a template
 /// that loops.
-const FUEL: u64 = 100_000_000;
+const FUEL: u64 = 30_000_000;
 
 const NAME: &str = "chat_template";
 
