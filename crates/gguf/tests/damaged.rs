@@ -97,6 +97,7 @@ fn tensors() {
     );
     check_one(&[1 << 61], 0, 0, "a size below 2^63 bytes, found shape [2305843009213693952] of f32");
     check_one(&[4], 0, 8, "an offset aligned to 32, found 8");
+    check_one(&[16], 0, u64::MAX - 95, "an end below 2^64, found offset 18446744073709551520 for 64 bytes");
     check_one(&[4], 0, u64::MAX - 31, "an end below 2^64, found offset 18446744073709551584 for 16 bytes");
 
     let twice = [raw::tensor("t", &[4], 0, 0), raw::tensor("t", &[4], 0, 32)];

@@ -96,6 +96,25 @@ fn a_file_of_the_reference_writer() {
     assert_eq!(gguf.data(q)[2] as i8, -127);
 }
 
+/// `types.txt` is the reference's table; `goldens/make.py` wrote it.
+#[test]
+fn type_sizes_of_the_reference() {
+    let types = include_str!("goldens/types.txt");
+    let mut n_known = 0;
+    for line in types.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        // What the reference has gained since is refused by name, which other tests show.
+        let Some(ty) = GgmlType::from_id(words[0].parse().unwrap()) else { continue };
+        if ty == GgmlType::Q8_1 {
+            continue; // the package still has the f32 scales of 2023; ggml itself has f16, and no file holds this type
+        }
+        let found = format!("{} {ty} {} {}", ty.id(), ty.block_len(), ty.block_bytes());
+        assert_eq!(found, line);
+        n_known += 1;
+    }
+    assert!(n_known >= 32, "the reference knows {n_known} of our types");
+}
+
 fn value() -> impl Strategy<Value = Value> {
     fn list<T: std::fmt::Debug>(elem: impl Strategy<Value = T>) -> impl Strategy<Value = Vec<T>> {
         prop::collection::vec(elem, 0..5)

@@ -40,3 +40,8 @@ tensors = {
     "empty": torch.zeros(0, 4),
 }
 save_file(tensors, HERE / "reference.safetensors")
+
+# id, name, elements and bytes of a block: what this version of the package knows.
+sizes = sorted(gguf.GGML_QUANT_SIZES.items())
+lines = [f"{ty.value} {ty.name.lower()} {block_len} {block_bytes}\n" for ty, (block_len, block_bytes) in sizes]
+(HERE / "types.txt").write_text("".join(lines))
