@@ -245,6 +245,22 @@ fn extreme_values_stay_finite() {
     }
 }
 
+#[test]
+fn nan_is_stored_as_zero_and_infinity_as_the_largest() {
+    let row = |value: f32| {
+        let mut x = gaussian(256, 8);
+        x[5] = value;
+        x[100] = -value;
+        x
+    };
+    for ty in FORMATS.iter().map(|format| format.ty).filter(|ty| ty.is_quantized()) {
+        assert_eq!(round_trip(ty, &row(f32::NAN)), round_trip(ty, &row(0.0)), "{ty}");
+        let saturated = round_trip(ty, &row(f32::INFINITY));
+        assert_eq!(saturated, round_trip(ty, &row(f32::MAX)), "{ty}");
+        assert!(saturated[5] > 1000.0 && saturated[100] < -1000.0, "{ty}");
+    }
+}
+
 /// Whole bits of a code.
 fn bits(ty: GgmlType) -> u32 {
     ty.bits_per_weight() as u32
