@@ -3,7 +3,7 @@
 //! A *quant block* is the unit of a format: `block_len` consecutive values of a row in `block_bytes` bytes, a few
 //! small integers and the scale (sometimes also the offset) that turns them back into values. Everything here is
 //! scalar Rust and is the definition of its format; faster kernels are twins that must agree with it. The same source is
-//! compiled once per instruction set ([`BlockFormat`]), which changes its speed and not one bit.
+//! compiled once per instruction set (`BlockFormat`), which changes its speed and not one bit.
 //!
 //! A format is one file that defines a [`Format`] and one line in [`FORMATS`]. Layouts are those of the GGUF container; a
 //! file states its own as `field(bytes) …` in order, with `lo`/`hi` for the halves of a byte and `n` for the index of a
