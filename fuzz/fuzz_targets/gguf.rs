@@ -13,8 +13,10 @@ fuzz_target!(|bytes: &[u8]| {
     let metadata = gguf.metadata();
     for (key, value) in metadata.iter() {
         let _ = value.to_string();
-        let _ = (metadata.u32(key), metadata.i32(key), metadata.u64(key), metadata.f32(key), metadata.bool(key));
-        let _ = (metadata.str(key), metadata.u32_array(key), metadata.i32_array(key), metadata.f32_array(key));
+        let _ =
+            (metadata.u32(key), metadata.i32(key), metadata.u64(key), metadata.f32(key), metadata.bool(key));
+        let _ =
+            (metadata.str(key), metadata.u32_array(key), metadata.i32_array(key), metadata.f32_array(key));
         let _ = (metadata.bool_array(key), metadata.bytes_array(key), metadata.u32_or_array(key, 3));
     }
     let mut tensors = Vec::new();

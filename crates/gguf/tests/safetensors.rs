@@ -82,7 +82,8 @@ fn damaged_headers() {
     );
     check(
         file("{\"t\":1}", 0),
-        "header: expected JSON of tensors, found invalid type: integer `1`, expected struct RawEntry at line 1 column 6",
+        "header: expected JSON of tensors, found invalid type: integer `1`, \
+         expected an object with dtype, shape and data_offsets at line 1 column 6",
     );
     check(
         one(r#""dtype":"F32","shape":[2],"data_offsets":[0,9]"#),

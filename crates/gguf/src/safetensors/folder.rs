@@ -90,6 +90,7 @@ fn ambiguous(dir: &Path, names: &[&String]) -> Error {
 
 fn read_index(dir: &Path, name: &str) -> Result<Checkpoint, Error> {
     #[derive(Deserialize)]
+    #[serde(expecting = "an object with a weight_map")]
     struct RawIndex {
         weight_map: BTreeMap<String, String>,
     }

@@ -100,6 +100,7 @@ fn check_overlap(file: &str, entries: &BTreeMap<String, Entry>) -> Result<(), Er
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an object with dtype, shape and data_offsets")]
 struct RawEntry {
     dtype: String,
     shape: Vec<u64>,
