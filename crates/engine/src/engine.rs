@@ -9,7 +9,7 @@ use paceline_spec::{Draft, DraftRequest, Drafter, Kept, verify};
 use paceline_text::Vocab;
 
 use crate::{
-    Event, Finish, Request, RequestError, RequestId, SpeculationNote, Stats, Token,
+    Event, Request, RequestError, RequestId, SpeculationNote, Token,
     plan::{LanePlan, SlotView, StepPlan, plan},
     slot::{Active, Phase, SlotStatus},
 };
@@ -87,6 +87,22 @@ pub struct Counters {
     pub n_bad_logits: u64,
     /// Drafts dropped as unusable.
     pub n_bad_drafts: u64,
+}
+
+impl Counters {
+    fn count(&mut self, lane: &LanePlan, decided: &Decided) {
+        let (drafts, drafted, accepted) = &mut self.drafts;
+        *drafts += u64::from(lane.n_draft > 0);
+        *drafted += lane.n_draft as u64;
+        *accepted += decided.n_accepted as u64;
+        if self.accepted_by_position.len() < decided.n_accepted {
+            self.accepted_by_position.resize(decided.n_accepted, 0);
+        }
+        for n in &mut self.accepted_by_position[..decided.n_accepted] {
+            *n += 1;
+        }
+        self.n_bad_logits += u64::from(decided.failed);
+    }
 }
 
 /// Why a request was not taken.
@@ -387,33 +403,14 @@ impl Engine {
             let mut n_final = lane.n_known;
             if lane.closes {
                 let logits = |i: usize| self.out.output_row(output + i);
-                let outcome = decide(active, lane, &drafts[lane.slot], logits);
+                let decided = decide(active, lane, &drafts[lane.slot], logits);
                 output += lane.n_draft + 1;
-                match outcome {
-                    Ok(decided) => {
-                        n_final += decided.n_taken - 1;
-                        for (i, n) in self.counters.accepted_by_position.iter_mut().enumerate() {
-                            *n += u64::from(i < decided.n_accepted);
-                        }
-                        let extra =
-                            decided.n_accepted.saturating_sub(self.counters.accepted_by_position.len());
-                        self.counters.accepted_by_position.extend(vec![1; extra]);
-                        let (drafts, drafted, accepted) = &mut self.counters.drafts;
-                        *drafts += u64::from(lane.n_draft > 0);
-                        *drafted += lane.n_draft as u64;
-                        *accepted += decided.n_accepted as u64;
-                        if decided.done {
-                            finished.push(lane.slot);
-                        }
-                        events.extend(decided.events);
-                    }
-                    Err(error) => {
-                        self.counters.n_bad_logits += 1;
-                        let (request, stats) = (active.request, active.stats.clone());
-                        events.push(Event::Failed { request, error, stats });
-                        finished.push(lane.slot);
-                    }
+                n_final += decided.n_taken.saturating_sub(1);
+                self.counters.count(lane, &decided);
+                if decided.is_over {
+                    finished.push(lane.slot);
                 }
+                events.extend(decided.events);
             } else {
                 events.push(Event::Prefill {
                     request: active.request,
@@ -519,7 +516,8 @@ fn follows(active: &Active) -> bool {
 struct Decided {
     n_taken: usize,
     n_accepted: usize,
-    done: bool,
+    is_over: bool,
+    failed: bool,
     events: Vec<Event>,
 }
 
@@ -529,7 +527,7 @@ fn decide<'a>(
     lane: &LanePlan,
     draft: &Draft,
     logits: impl Fn(usize) -> &'a [f32],
-) -> Result<Decided, RequestError> {
+) -> Decided {
     let next = active.tokens.len();
     let mut failure = None;
     let sampler = &mut active.sampler;
@@ -547,18 +545,22 @@ fn decide<'a>(
         },
         |choice| choice.0,
     );
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
+    // What was chosen before a failure counts: the answer may end there, and without a draft it would have.
     let (text, tokens, finish) = active.take(verdict.chosen, verdict.n_accepted);
     let (n_taken, n_accepted) = (tokens.len(), verdict.n_accepted.min(tokens.len()));
-    active.count_draft(lane.n_draft, n_accepted);
+    let failure = failure.filter(|_| finish.is_none());
     let request = active.request;
-    let mut events = vec![Event::Tokens { request, text, tokens }];
-    if let Some(finish) = &finish {
-        let text = active.finish_text(finish);
-        let stats: Stats = active.stats.clone();
-        events.push(Event::Done { request, text, finish: Finish::clone(finish), stats });
+    let mut events = Vec::with_capacity(2);
+    if n_taken > 0 {
+        active.count_draft(lane.n_draft, n_accepted);
+        events.push(Event::Tokens { request, text, tokens });
     }
-    Ok(Decided { n_taken, n_accepted, done: finish.is_some(), events })
+    let (is_over, failed) = (finish.is_some() || failure.is_some(), failure.is_some());
+    if let Some(finish) = finish {
+        let text = active.finish_text(&finish);
+        events.push(Event::Done { request, text, finish, stats: active.stats.clone() });
+    } else if let Some(error) = failure {
+        events.push(Event::Failed { request, error, stats: active.stats.clone() });
+    }
+    Decided { n_taken, n_accepted, is_over, failed, events }
 }
