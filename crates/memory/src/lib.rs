@@ -204,7 +204,9 @@ impl Memory {
     pub fn commit(&mut self, seq: SeqId, n_rows: usize) {
         let at = self.position(seq);
         let sequence = &mut self.sequences[at];
-        let Some((n_prepared, n_certain)) = sequence.pending.take() else { panic!("{seq:?} has no prepared rows") };
+        let Some((n_prepared, n_certain)) = sequence.pending.take() else {
+            panic!("{seq:?} has no prepared rows")
+        };
         assert!(
             (n_certain..=n_prepared).contains(&n_rows),
             "commit of {n_rows} rows with {n_certain} certain of {n_prepared} prepared"

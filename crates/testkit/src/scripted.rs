@@ -28,6 +28,11 @@ impl Scripted {
     ) -> Scripted {
         Scripted { name, n_draft_max, script: Box::new(script), committed: HashMap::new() }
     }
+
+    /// What the script says to `tokens`, for scripts made of others.
+    pub fn answer(&mut self, tokens: &[Token], request: &mut DraftRequest<'_>) -> Draft {
+        (self.script)(tokens, request)
+    }
 }
 
 impl fmt::Debug for Scripted {

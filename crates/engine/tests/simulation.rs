@@ -1,0 +1,164 @@
+//! Seeded lives of an engine: arrivals, cancels, stops, tight memory, drafters good and bad. Every request gets the
+//! tokens, the text and the reason that it gets alone, and nothing stays in use.
+
+mod world;
+
+use std::collections::BTreeMap;
+
+use paceline_engine::{Finish, Request, RequestError, RequestId, SpeculationNote};
+use paceline_sampling::SamplingParams;
+use paceline_testkit::{Accept, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
+use world::{Sizes, World};
+
+const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz \n.";
+
+fn prompt(rng: &mut Rng, n_max: usize, nan_token: Option<Token>) -> Vec<Token> {
+    let n = match rng.range(0..3) {
+        0 => rng.range(1..n_max.min(4) + 1),
+        1 => rng.range(1..n_max.min(40) + 1),
+        _ => rng.range(1..n_max + 1),
+    };
+    let mut tokens: Vec<Token> = (0..n).map(|_| Token::from(*rng.pick(LETTERS))).collect();
+    if let Some(token) = nan_token.filter(|_| rng.chance(0.1)) {
+        // Anywhere: only a row that is sampled from matters.
+        let at = rng.range(0..n);
+        tokens[at] = token;
+    }
+    tokens
+}
+
+fn sampling(rng: &mut Rng) -> SamplingParams {
+    let temperature = *rng.pick(&[0.0, 0.0, 0.8, 1.0]);
+    let mut params = SamplingParams { temperature, seed: rng.bits(), ..SamplingParams::default() };
+    if rng.chance(0.3) {
+        (params.top_k, params.top_p, params.min_p) = (0, 1.0, 0.0);
+    }
+    if rng.chance(0.4) {
+        params.repeat_penalty = 1.3;
+        params.presence_penalty = 0.5;
+        params.frequency_penalty = 0.2;
+        params.repeat_last_n = *rng.pick(&[1, 8, 64, -1]);
+    }
+    if rng.chance(0.2) {
+        params.dry_multiplier = 0.8;
+    }
+    if rng.chance(0.2) {
+        params.logit_bias = vec![(u32::from(b'e'), 2.0), (u32::from(b' '), f32::NEG_INFINITY)];
+    }
+    if rng.chance(0.2) {
+        params.n_probs = 3;
+        params.post_sampling_probs = rng.chance(0.5);
+    }
+    params
+}
+
+fn request(rng: &mut Rng, id: u64, prompt: Vec<Token>, n_slot: usize) -> Request {
+    let mut request = Request::new(RequestId(id), prompt);
+    request.sampling = sampling(rng);
+    request.n_predict = rng.chance(0.8).then(|| rng.range(1..40));
+    if rng.chance(0.4) {
+        let words = ["e", "th", "ab", ". ", "é", "€", "the", "\n", "zq", "xyzzy"];
+        request.stop = (0..rng.range(1..4)).map(|_| (*rng.pick(&words)).to_owned()).collect();
+    }
+    request.ignore_eos = rng.chance(0.2);
+    request.show_special = rng.chance(0.2);
+    request.n_draft_max = rng.chance(0.4).then(|| rng.range(0..16));
+    request.slot = rng.chance(0.2).then(|| rng.range(0..n_slot));
+    request
+}
+
+fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
+    let (model, seed, n_max) = (model.clone(), rng.bits(), rng.range(1..16));
+    Some(match rng.range(0..8) {
+        0 => return None,
+        1 => oracle(model, n_max, Accept::All, seed),
+        2 => oracle(model, n_max, Accept::Exactly(rng.range(0..4)), seed),
+        3 | 4 => oracle(model, n_max, Accept::Varying, seed),
+        5 => liar(model, n_max, &Lie::ALL, seed),
+        6 => liar(model, n_max, &[Lie::Random, Lie::Unlikely, Lie::Repeat, Lie::Empty], seed),
+        _ => liar(model, n_max, &[Lie::TooMany, Lie::BadQ, Lie::SharedNoise], seed),
+    })
+}
+
+/// Runs one life; adds what happened in it to `seen`.
+fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
+    let _seeded = Seeded::new("a simulated engine", seed);
+    let mut rng = Rng::new(seed);
+    let mut model = HashModel::new(rng.bits(), *rng.pick(&HashKind::ALL));
+    model.nan_token = rng.chance(0.2).then_some(Token::from(b'q'));
+    let n_ctx = *rng.pick(&[8, 40, 220, 300]);
+    let sizes = Sizes {
+        n_slot: *rng.pick(&[1, 2, 3, 8]),
+        n_ctx,
+        n_ubatch: rng.range(1..65),
+        n_draft_max: rng.range(0..16),
+        page_len: *rng.pick(&[1, 4, 16, 64]),
+        n_cell_max: if rng.chance(0.3) { rng.range(n_ctx / 2..n_ctx * 2) } else { 1 << 20 },
+    };
+    let drafter = drafter(&mut rng, &model);
+    let mut world = World::new(model.clone(), drafter, sizes);
+
+    let n_request = rng.range(1..13);
+    let mut arrivals: Vec<(usize, Request)> = Vec::new();
+    for id in 0..n_request as u64 {
+        // The same prompt in a row, at times with other settings.
+        let prompt = match arrivals.last() {
+            Some((_, last)) if rng.chance(0.3) => last.prompt.clone(),
+            _ => prompt(&mut rng, 200.min(n_ctx - 1), model.nan_token),
+        };
+        let mut request = request(&mut rng, id, prompt, sizes.n_slot);
+        if let Some((_, last)) = arrivals.last().filter(|_| rng.chance(0.2)) {
+            request = Request { id: request.id, ..last.clone() };
+        }
+        arrivals.push((rng.range(0..60), request));
+    }
+    arrivals.sort_by_key(|(step, _)| *step);
+    let mut cancels: Vec<(usize, RequestId)> = Vec::new();
+    for (step, request) in &arrivals {
+        if rng.chance(0.15) {
+            cancels.push((step + rng.range(0..20), request.id));
+        }
+    }
+    let mut arrivals = arrivals.into_iter().peekable();
+    while world.engine.has_work() || arrivals.peek().is_some() {
+        while let Some((_, request)) = arrivals.next_if(|(step, _)| *step <= world.n_step) {
+            world.submit(request).expect("a valid request");
+        }
+        for &(step, id) in &cancels {
+            if step == world.n_step {
+                world.cancel(id);
+            }
+        }
+        world.step();
+    }
+    world.check();
+    for told in world.told.values() {
+        let end = match &told.end {
+            None => "cancelled",
+            Some(Ok(Finish::Eog(_))) => "end of generation",
+            Some(Ok(Finish::Stop(_))) => "stop string",
+            Some(Ok(Finish::Limit)) => "limit",
+            Some(Ok(Finish::Context)) => "context",
+            Some(Err(RequestError::Logits { .. })) => "unusable logits",
+            Some(Err(RequestError::NoRoom(_))) => "no room",
+        };
+        *seen.entry(end).or_default() += 1;
+        if told.tokens.last().is_some_and(|t| t.drafted) && matches!(told.end, Some(Ok(_))) {
+            *seen.entry("the end was drafted").or_default() += 1;
+        }
+        if told.n_prefill > 0 {
+            *seen.entry("prompt in chunks").or_default() += 1;
+        }
+        if matches!(told.stats.speculation, SpeculationNote::Faulted(_)) {
+            *seen.entry("drafter dropped").or_default() += 1;
+        }
+    }
+}
+
+#[test]
+fn every_request_gets_what_it_gets_alone() {
+    let mut seen = BTreeMap::new();
+    (0..1200).for_each(|seed| simulate(seed, &mut seen));
+    assert_eq!(seen.len(), 10, "{seen:?}");
+    assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
+}

@@ -1,0 +1,280 @@
+//! Speculation on purpose: each accept length, each place where an answer can end inside an accepted run, each kind
+//! of bad drafter.
+
+mod world;
+
+use paceline_engine::{Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError};
+use paceline_sampling::SamplingParams;
+use paceline_spec::{Draft, Drafter};
+use paceline_testkit::{
+    Accept, End, HashKind, HashModel, IM_END, Lie, Scripted, TEXT_END, Token, liar, oracle,
+};
+use world::{Sizes, World};
+
+fn greedy() -> SamplingParams {
+    SamplingParams { temperature: 0.0, ..SamplingParams::default() }
+}
+
+fn text(text: &str) -> Vec<Token> {
+    text.bytes().map(Token::from).collect()
+}
+
+fn request(id: u64, prompt: &str) -> Request {
+    Request {
+        n_predict: Some(48),
+        ignore_eos: true,
+        sampling: greedy(),
+        ..Request::new(RequestId(id), text(prompt))
+    }
+}
+
+fn run<D: Drafter + 'static>(
+    model: HashModel,
+    drafter: Option<D>,
+    sizes: Sizes,
+    requests: Vec<Request>,
+) -> World {
+    let mut world = World::new(model, drafter, sizes);
+    requests.into_iter().for_each(|r| world.submit(r).expect("a valid request"));
+    world.run();
+    world.check();
+    world
+}
+
+/// Forwards that 48 tokens take if each verify accepts `accept` of 7 drafted tokens.
+fn check_accept(accept: Accept, n_verify: usize) {
+    for (kind, temperature) in HashKind::ALL.into_iter().flat_map(|kind| [0.0, 0.8, 1.0].map(|t| (kind, t))) {
+        for n_slot in [1, 2, 3, 8] {
+            let model = HashModel::new(5, kind);
+            let sizes = Sizes { n_slot, n_draft_max: 7, ..Sizes::ROOMY };
+            let requests: Vec<Request> = (0..10)
+                .map(|id| Request {
+                    sampling: SamplingParams { temperature, seed: id, ..SamplingParams::default() },
+                    ..request(id, &"once ".repeat(id as usize + 1))
+                })
+                .collect();
+            let world = run(model.clone(), Some(oracle(model, 15, accept, 1)), sizes, requests);
+            for told in world.told.values() {
+                let stats = &told.stats;
+                assert_eq!((stats.n_predicted, stats.n_verify), (48, n_verify), "{accept:?}: {stats:?}");
+                assert_eq!(stats.n_accepted, 48 - n_verify, "the rest was drafted");
+                assert!((stats.accept_len() - 48.0 / n_verify as f64).abs() < 1e-9);
+                let useless = accept == Accept::Exactly(0);
+                let note = if useless { SpeculationNote::Useless } else { SpeculationNote::Active };
+                assert_eq!(stats.speculation, note);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_accept_length() {
+    // The first token comes from the prompt's last row, without a draft: 1 + ceil(47 / (accepted + 1)).
+    check_accept(Accept::Exactly(0), 48);
+    check_accept(Accept::Exactly(1), 25);
+    check_accept(Accept::Exactly(3), 13);
+    check_accept(Accept::All, 7);
+}
+
+#[test]
+fn an_end_inside_an_accepted_run() {
+    for seed in 0..40 {
+        let model = HashModel::new(seed, HashKind::Hybrid);
+        let long = run(
+            model.clone(),
+            Some(oracle(model.clone(), 15, Accept::All, 1)),
+            Sizes::ROOMY,
+            vec![request(0, "x")],
+        );
+        let (all, ids) = (&long.told[&RequestId(0)].text, long.told[&RequestId(0)].ids());
+        for n_draft in [3, 15] {
+            let sizes = Sizes { n_draft_max: n_draft, n_slot: 3, ..Sizes::ROOMY };
+            let word: String = all.chars().skip(9).take(3).collect();
+            let stopped = Request { stop: vec!["never".into(), word.clone()], ..request(0, "x") };
+            let limited = Request { n_predict: Some(10 + seed as usize % 9), ..request(1, "x") };
+            // Any token may be called an end by the request that bans nothing.
+            let ended = Request { ignore_eos: false, n_predict: None, ..request(2, "x") };
+            let drafter = oracle(model.clone(), 15, Accept::All, 1);
+            let world = run(model.clone(), Some(drafter), sizes, vec![stopped, limited, ended]);
+            let end = |id| world.told[&RequestId(id)].end.clone();
+            assert_eq!(end(0), Some(Ok(Finish::Stop(word))));
+            assert_eq!(end(1), Some(Ok(Finish::Limit)));
+            assert!(
+                matches!(end(2), Some(Ok(Finish::Eog(IM_END | TEXT_END) | Finish::Context))),
+                "{:?}",
+                end(2)
+            );
+            assert_eq!(world.told[&RequestId(1)].ids(), ids[..10 + seed as usize % 9]);
+        }
+    }
+}
+
+#[test]
+fn the_context_is_used_to_its_end() {
+    let model = HashModel::new(3, HashKind::Hybrid);
+    let sizes = Sizes { n_ctx: 33, n_slot: 1, ..Sizes::ROOMY };
+    let requests = vec![
+        Request { n_predict: None, ..request(0, "until the end") },
+        Request { n_predict: None, ..request(1, "as long as a context may be, 32!!") },
+    ];
+    let short = requests[0].prompt.len();
+    let drafter = oracle(model.clone(), 15, Accept::All, 1);
+    let mut requests = requests;
+    requests[1].prompt.truncate(32);
+    let world = run(model, Some(drafter), sizes, requests);
+    for (id, n) in [(0, 33 - short), (1, 1)] {
+        let told = &world.told[&RequestId(id)];
+        assert_eq!((told.end.clone(), told.tokens.len()), (Some(Ok(Finish::Context)), n));
+    }
+}
+
+#[test]
+fn identical_prompts_in_a_row_get_identical_answers() {
+    for n_slot in [1, 2, 8] {
+        let model = HashModel::new(9, HashKind::Hybrid);
+        let drafter = oracle(model.clone(), 15, Accept::Varying, 1);
+        let requests = (0..5).map(|id| request(id, "tell me a story")).collect();
+        let world = run(model, Some(drafter), Sizes { n_slot, ..Sizes::ROOMY }, requests);
+        let first = &world.told[&RequestId(0)];
+        assert!(world.told.values().all(|told| told.ids() == first.ids() && told.text == first.text));
+    }
+}
+
+#[test]
+fn a_faulting_drafter_is_dropped_for_its_request_only() {
+    for lie in Lie::ALL {
+        let model = HashModel::new(2, HashKind::Hybrid);
+        let (mut lies, mut truth) = (
+            liar(model.clone(), 15, std::slice::from_ref(Box::leak(Box::new(lie))), 1),
+            oracle(model.clone(), 15, Accept::All, 1),
+        );
+        // The drafter lies to whoever begins with `b`.
+        let drafter = Scripted::new("half a liar", 15, move |tokens, request| {
+            if tokens[0] == Token::from(b'b') {
+                lies.answer(tokens, request)
+            } else {
+                truth.answer(tokens, request)
+            }
+        });
+        let requests = vec![request(0, "a good one"), request(1, "bad one"), request(2, "another good one")];
+        let world = run(model, Some(drafter), Sizes { n_slot: 3, ..Sizes::ROOMY }, requests);
+        let note = |id| &world.told[&RequestId(id)].stats.speculation;
+        for id in [0, 2] {
+            assert_eq!(note(id), &SpeculationNote::Active, "{lie:?}");
+            assert!(world.told[&RequestId(id)].stats.accept_len() > 10.0, "{lie:?}");
+        }
+        assert_eq!(matches!(note(1), SpeculationNote::Faulted(_)), lie.is_fatal(), "{lie:?}: {:?}", note(1));
+        assert_eq!(world.engine.counters().n_bad_drafts, u64::from(lie.is_fatal()), "{lie:?}");
+    }
+}
+
+#[test]
+fn unusable_logits_fail_their_request_only() {
+    let model = HashModel { nan_token: Some(Token::from(b'!')), ..HashModel::new(4, HashKind::Hybrid) };
+    // In the middle of a prompt nobody samples from the row; at its end somebody does.
+    let ban = SamplingParams { logit_bias: vec![(u32::from(b'!'), f32::NEG_INFINITY)], ..greedy() };
+    let force = SamplingParams { logit_bias: vec![(u32::from(b'!'), 100.0)], ..greedy() };
+    let requests = vec![
+        Request { sampling: ban.clone(), ..request(0, "fine") },
+        Request { sampling: ban.clone(), ..request(1, "bad!") },
+        Request { sampling: ban.clone(), ..request(2, "go! on") },
+        Request { sampling: force, ..request(3, "answers badly") },
+        Request { sampling: ban, ..request(4, "fine, too") },
+    ];
+    for n_slot in [1, 2, 8] {
+        // Drafted rows with such logits are nobody's concern unless the token before them is accepted.
+        let drafter = Scripted::new("nan", 15, |_, request| {
+            let tokens = vec![Token::from(b'!'); request.n_max];
+            Draft { q: vec![1.0; tokens.len()], tokens, fault: None }
+        });
+        let world = run(model.clone(), Some(drafter), Sizes { n_slot, ..Sizes::ROOMY }, requests.clone());
+        for (id, position) in [(0, None), (1, Some(3)), (2, None), (3, Some(13)), (4, None)] {
+            let end = world.told[&RequestId(id)].end.clone();
+            match (position, &end) {
+                (None, Some(Ok(Finish::Limit))) => {}
+                (Some(at), Some(Err(RequestError::Logits { position, .. }))) if at == *position => {}
+                _ => panic!("request {id} ends with {end:?}"),
+            }
+        }
+        assert_eq!(world.engine.counters().n_bad_logits, 2);
+        assert_eq!(world.alone(RequestId(3)).end, End::BadLogits(13));
+    }
+}
+
+#[test]
+fn an_answer_that_ends_before_unusable_logits_is_complete() {
+    let mut n_case = 0;
+    for seed in 0..60 {
+        let model =
+            HashModel { nan_token: Some(Token::from(b'q')), ..HashModel::new(seed, HashKind::Hybrid) };
+        let drafter = || Some(oracle(model.clone(), 15, Accept::All, 1));
+        let failed = run(model.clone(), drafter(), Sizes::ROOMY, vec![request(0, "x")]);
+        let text = &failed.told[&RequestId(0)].text;
+        let Some(stop) = text.strip_suffix('q').and_then(|before| before.chars().last()) else { continue };
+        let request = Request { stop: vec![stop.to_string()], ..request(0, "x") };
+        let world = run(model.clone(), drafter(), Sizes::ROOMY, vec![request]);
+        assert!(matches!(world.told[&RequestId(0)].end, Some(Ok(Finish::Stop(_)))));
+        n_case += 1;
+    }
+    assert!(n_case > 10, "{n_case} answers went on to a row with unusable logits");
+}
+
+#[test]
+fn a_cancel_frees_slot_and_memory_at_once() {
+    let model = HashModel::new(6, HashKind::Hybrid);
+    for n_step in 0..12 {
+        let drafter = oracle(model.clone(), 15, Accept::Varying, 1);
+        let mut world =
+            World::new(model.clone(), Some(drafter), Sizes { n_slot: 1, n_ubatch: 8, ..Sizes::ROOMY });
+        world.submit(request(0, &"a long prompt ".repeat(3))).expect("valid");
+        world.submit(request(1, "next")).expect("valid");
+        for _ in 0..n_step {
+            world.step();
+        }
+        world.cancel(RequestId(0));
+        assert_eq!((world.engine.usage().n_seq, world.states.n_page()), (0, 0), "after {n_step} steps");
+        world.step();
+        assert_eq!(world.told[&RequestId(1)].slot, Some(0));
+        world.run();
+        world.check();
+    }
+}
+
+#[test]
+fn a_full_cache_fails_one_and_not_all() {
+    let model = HashModel::new(8, HashKind::Hybrid);
+    let sizes = Sizes { n_slot: 2, page_len: 4, n_cell_max: 64, ..Sizes::ROOMY };
+    let requests = vec![request(0, "the first of two requests"), request(1, "and the second of the two")];
+    let drafter = oracle(model.clone(), 15, Accept::Varying, 1);
+    let world = run(model, Some(drafter), sizes, requests);
+    let n_failed =
+        world.told.values().filter(|t| matches!(t.end, Some(Err(RequestError::NoRoom(_))))).count();
+    // 25 + 48 tokens fit nowhere, so each uses what the other left and fails; neither gets a wrong token.
+    assert_eq!(n_failed, 2);
+    let longest = world.told.values().map(|t| t.tokens.len()).max();
+    assert_eq!(longest, Some(64 - 25 + 1), "the last one had the whole cache");
+}
+
+#[test]
+fn what_cannot_be_served_is_refused() {
+    let mut world = World::new(HashModel::new(1, HashKind::Attention), None::<Scripted>, Sizes::ROOMY);
+    let refused = |world: &mut World, request| world.submit(request).expect_err("refused").to_string();
+    assert_eq!(refused(&mut world, request(0, "")), "the prompt is empty: at least one token is needed");
+    let long = refused(&mut world, request(0, &"x".repeat(256)));
+    assert!(
+        long.starts_with("the request has 256 prompt tokens, and the context of a slot has 256"),
+        "{long}"
+    );
+    let bad = Request::new(RequestId(0), vec![1, 9999]);
+    assert_eq!(
+        world.submit(bad),
+        Err(SubmitError::BadToken { token: 9999, index: 1, n_vocab: world.model.n_vocab })
+    );
+    let slot = Request { slot: Some(2), ..request(0, "x") };
+    assert_eq!(world.submit(slot), Err(SubmitError::BadSlot { slot: 2, n_slot: 2 }));
+    let params = SamplingParams { top_p: 2.0, ..greedy() };
+    let sampling = Request { sampling: params, ..request(0, "x") };
+    assert!(matches!(world.submit(sampling), Err(SubmitError::Sampling(_))));
+    world.run();
+    world.check();
+}

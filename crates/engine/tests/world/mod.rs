@@ -1,0 +1,251 @@
+//! An engine over the hash model, its requests, and the check that every one of them got what it gets alone.
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::{collections::HashMap, sync::Arc};
+
+use paceline_backend::StateConfig;
+use paceline_engine::{
+    Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, SpeculationNote, Stats, Step,
+    SubmitError, TokenOut,
+};
+use paceline_spec::Drafter;
+use paceline_testkit::{
+    Answer, End, HashModel, HashStates, Log, Recorder, Token, alone, letters_vocab, tiny_vocab,
+};
+use paceline_text::Vocab;
+
+/// What the engine said about one request.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    pub slot: Option<usize>,
+    pub n_prefill: usize,
+    pub tokens: Vec<TokenOut>,
+    pub text: String,
+    pub end: Option<Result<Finish, RequestError>>,
+    pub stats: Stats,
+    /// Cancelled with this many tokens told.
+    pub cancelled: Option<usize>,
+}
+
+impl Told {
+    pub fn ids(&self) -> Vec<Token> {
+        self.tokens.iter().map(|t| t.id).collect()
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.end.is_some() || self.cancelled.is_some()
+    }
+}
+
+/// Sizes of a world.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    pub n_slot: usize,
+    pub n_ctx: usize,
+    pub n_ubatch: usize,
+    pub n_draft_max: usize,
+    pub page_len: usize,
+    pub n_cell_max: usize,
+}
+
+impl Sizes {
+    pub const ROOMY: Sizes =
+        Sizes { n_slot: 2, n_ctx: 256, n_ubatch: 32, n_draft_max: 15, page_len: 16, n_cell_max: 1 << 20 };
+}
+
+/// An engine, and everything that was asked of it and told by it.
+pub struct World {
+    pub model: HashModel,
+    pub engine: Engine,
+    pub states: Arc<HashStates>,
+    pub log: Option<Log>,
+    pub requests: HashMap<RequestId, Request>,
+    pub told: HashMap<RequestId, Told>,
+    pub n_step: usize,
+    vocab: Arc<Vocab>,
+    sizes: Sizes,
+    events: Vec<Event>,
+}
+
+impl World {
+    /// An engine for `model`, its drafter under the eyes of a [`Recorder`].
+    pub fn new<D: Drafter + 'static>(model: HashModel, drafter: Option<D>, sizes: Sizes) -> World {
+        let vocab = match model.n_vocab == tiny_vocab().len() {
+            true => tiny_vocab(),
+            false => letters_vocab(model.n_vocab),
+        };
+        let config = StateConfig { page_len: sizes.page_len, n_tentative_max: 15, ..StateConfig::default() };
+        let (target, states) = model.target(config, sizes.n_cell_max);
+        let (drafter, log) = match drafter.map(|inner| Recorder::new(model.clone(), inner)) {
+            Some((recorder, log)) => (Some(Box::new(recorder) as Box<dyn Drafter>), Some(log)),
+            None => (None, None),
+        };
+        let config = EngineConfig {
+            n_slot: sizes.n_slot,
+            n_ctx: sizes.n_ctx,
+            n_ubatch: sizes.n_ubatch,
+            n_draft_max: sizes.n_draft_max,
+            n_queue_max: 1000,
+            check_memory: true,
+        };
+        World {
+            engine: Engine::new(target, drafter, vocab.clone(), config),
+            model,
+            states,
+            log,
+            requests: HashMap::new(),
+            told: HashMap::new(),
+            n_step: 0,
+            vocab,
+            sizes,
+            events: Vec::new(),
+        }
+    }
+
+    pub fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
+        self.engine.submit(request.clone())?;
+        self.told.insert(request.id, Told::default());
+        let old = self.requests.insert(request.id, request);
+        assert!(old.is_none(), "request ids are used once");
+        Ok(())
+    }
+
+    pub fn cancel(&mut self, id: RequestId) {
+        let told = self.told.get_mut(&id).expect("a submitted request");
+        assert_eq!(self.engine.cancel(id), !told.is_over(), "{id:?} is known until it is over");
+        if !told.is_over() {
+            told.cancelled = Some(told.tokens.len());
+        }
+    }
+
+    pub fn step(&mut self) -> Step {
+        let mut events = std::mem::take(&mut self.events);
+        let step = self.engine.step(&mut events);
+        let n_event = events.len();
+        for event in events.drain(..) {
+            self.hear(event);
+        }
+        self.events = events;
+        assert!(step != Step::Idle || n_event > 0 || !self.engine.has_work(), "an idle step with work to do");
+        self.n_step += 1;
+        assert!(self.n_step < 100_000, "the engine does not come to an end");
+        step
+    }
+
+    pub fn run(&mut self) {
+        while self.engine.has_work() {
+            self.step();
+        }
+        assert_eq!(self.step(), Step::Idle);
+    }
+
+    fn hear(&mut self, event: Event) {
+        let id = match &event {
+            Event::Started { request, .. }
+            | Event::Prefill { request, .. }
+            | Event::Tokens { request, .. }
+            | Event::Done { request, .. }
+            | Event::Failed { request, .. } => *request,
+        };
+        let told = self.told.get_mut(&id).expect("a submitted request");
+        assert!(!told.is_over(), "{id:?} is over, and then: {event:?}");
+        assert_eq!(told.slot.is_none(), matches!(event, Event::Started { .. }), "{id:?} starts once, first");
+        match event {
+            Event::Started { slot, .. } => told.slot = Some(slot),
+            Event::Prefill { n_computed, n_prompt, .. } => {
+                assert!(told.tokens.is_empty(), "{id:?} computes its prompt after its first token");
+                assert!(n_computed > told.n_prefill && n_computed < n_prompt, "{n_computed} of {n_prompt}");
+                told.n_prefill = n_computed;
+            }
+            Event::Tokens { text, tokens, .. } => {
+                assert!(!tokens.is_empty(), "an event without tokens");
+                told.text += &text;
+                told.tokens.extend(tokens);
+            }
+            Event::Done { text, finish, stats, .. } => {
+                told.text += &text;
+                told.end = Some(Ok(finish));
+                told.stats = stats;
+            }
+            Event::Failed { error, stats, .. } => {
+                told.end = Some(Err(error));
+                told.stats = stats;
+            }
+        }
+    }
+
+    /// What the request gets alone.
+    pub fn alone(&self, id: RequestId) -> Answer {
+        alone(&self.model, &self.vocab, &self.requests[&id], self.sizes.n_ctx)
+    }
+
+    /// Every request got what it gets alone, and nothing is left.
+    pub fn check(&self) {
+        for (&id, told) in &self.told {
+            self.check_one(id, told);
+        }
+        let usage = self.engine.usage();
+        assert_eq!((usage.n_seq, usage.n_page, usage.bytes), (0, 0, 0), "nothing stays in use");
+        let traffic = self.states.traffic();
+        assert_eq!((self.states.n_page(), traffic.n_alloc), (0, traffic.n_release), "no page stays behind");
+        if let (Some(log), Some(drafter)) = (&self.log, self.engine.drafter()) {
+            assert_eq!((log.n_live(), drafter.state_bytes()), (0, 0), "the drafter forgot everybody");
+        }
+    }
+
+    fn check_one(&self, id: RequestId, told: &Told) {
+        let alone = self.alone(id);
+        let ids = told.ids();
+        let request = &self.requests[&id];
+        match (&told.end, &told.cancelled) {
+            (Some(Ok(finish)), None) => {
+                assert_eq!(ids, alone.tokens, "{id:?}: tokens");
+                assert_eq!(told.text, alone.text, "{id:?}: text");
+                assert_eq!(End::Finish(finish.clone()), alone.end, "{id:?}: reason");
+                self.check_stats(id, told);
+            }
+            (Some(Err(RequestError::Logits { position, .. })), None) => {
+                assert_eq!((End::BadLogits(*position), &ids), (alone.end, &alone.tokens), "{id:?}");
+                assert!(alone.text.starts_with(&told.text), "{id:?}: {:?}", told.text);
+            }
+            (Some(Err(RequestError::NoRoom(error))), None) => {
+                assert!(self.sizes.n_cell_max < 10_000, "{id:?}: {error}");
+                assert!(
+                    alone.tokens.starts_with(&ids) && alone.text.starts_with(&told.text),
+                    "{id:?}: {ids:?}"
+                );
+            }
+            (None, Some(n_tokens)) => {
+                assert_eq!(ids.len(), *n_tokens, "{id:?}: tokens after a cancel");
+                assert!(
+                    alone.tokens.starts_with(&ids) && alone.text.starts_with(&told.text),
+                    "{id:?}: {ids:?}"
+                );
+            }
+            other => panic!("{id:?} ends with {other:?}"),
+        }
+        for (i, token) in told.tokens.iter().enumerate() {
+            assert_eq!(token.logprobs, alone.logprobs[i], "{id:?}: log probabilities of token {i}");
+            assert!(!token.drafted || request.n_draft_max != Some(0), "{id:?} drafts though it asked not to");
+        }
+    }
+
+    fn check_stats(&self, id: RequestId, told: &Told) {
+        let (stats, request) = (&told.stats, &self.requests[&id]);
+        let n_accepted = told.tokens.iter().filter(|t| t.drafted).count();
+        assert_eq!((stats.n_prompt, stats.n_predicted), (request.prompt.len(), told.tokens.len()), "{id:?}");
+        assert_eq!((stats.n_accepted, n_accepted <= stats.n_draft), (n_accepted, true), "{id:?}");
+        let (drafted, accepted) =
+            stats.by_position.iter().fold((0, 0), |(d, a), (drafted, accepted)| (d + drafted, a + accepted));
+        assert_eq!((drafted, accepted), (stats.n_draft, stats.n_accepted), "{id:?}: by position");
+        let is_off = request.n_draft_max == Some(0) || self.sizes.n_draft_max == 0;
+        let plain = self.log.is_none() || is_off;
+        assert!(!plain || (stats.n_draft == 0 && stats.n_verify == told.tokens.len()), "{id:?}: {stats:?}");
+        let note = match (&stats.speculation, self.log.is_some(), is_off) {
+            (SpeculationNote::NoDrafter, has_drafter, _) => !has_drafter,
+            (SpeculationNote::OffByRequest, has_drafter, is_off) => has_drafter && is_off,
+            (_, has_drafter, is_off) => has_drafter && !is_off,
+        };
+        assert!(note, "{id:?}: {:?}", stats.speculation);
+    }
+}
