@@ -341,25 +341,26 @@ impl Engine {
         drafts
     }
 
-    /// Makes room for the plan's rows. Where there is none for a draft, it is dropped; where there is none for
-    /// the known tokens, the request fails.
+    /// Makes room for the plan's rows: for the known tokens of every slot, then for drafts from what is left, so
+    /// that no draft costs another slot its room. A draft without room is dropped; a slot without fails.
     fn prepare(&mut self, plan: StepPlan, drafts: &mut [Draft], events: &mut Vec<Event>) -> StepPlan {
         let mut lanes = Vec::with_capacity(plan.lanes.len());
-        for mut lane in plan.lanes {
+        for lane in plan.lanes {
             let Some(active) = &self.slots[lane.slot] else { continue };
-            let mut room = self.target.memory.prepare(active.seq, lane.n_known + lane.n_draft, lane.n_known);
-            if room.is_err() && lane.n_draft > 0 {
-                lane.n_draft = 0;
-                drafts[lane.slot] = Draft::default();
-                room = self.target.memory.prepare(active.seq, lane.n_known, lane.n_known);
-            }
-            match room {
+            match self.target.memory.prepare(active.seq, lane.n_known, lane.n_known) {
                 Ok(()) => lanes.push(lane),
                 Err(error) => {
                     let (request, stats) = (active.request, active.stats.clone());
                     events.push(Event::Failed { request, error: RequestError::NoRoom(error), stats });
                     self.retire(lane.slot);
                 }
+            }
+        }
+        for lane in lanes.iter_mut().filter(|lane| lane.n_draft > 0) {
+            let Some(active) = &self.slots[lane.slot] else { continue };
+            if self.target.memory.extend(active.seq, lane.n_draft).is_err() {
+                lane.n_draft = 0;
+                drafts[lane.slot] = Draft::default();
             }
         }
         StepPlan { lanes }

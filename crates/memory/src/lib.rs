@@ -9,8 +9,8 @@
 //!  slot    recurrent state after cell len - 1 (certain rows advance it, tentative ones never)
 //! ```
 //!
-//! One step of a sequence is a transaction: [`Memory::prepare`] makes room for its rows, [`Memory::lane`]
-//! describes them to the backend, [`Memory::commit`] makes the first of them final. Nothing needs undoing: rows
+//! One step of a sequence is a transaction: [`Memory::prepare`] makes room for its rows, [`Memory::extend`] for
+//! more that are only tried, [`Memory::lane`] describes them to the backend, [`Memory::commit`] makes the first of them final. Nothing needs undoing: rows
 //! that are not committed lie behind `len`, where nobody looks.
 //!
 //! Pages are counted: [`Memory::fork`] shares them, and a shared page is copied before a sequence writes into
@@ -182,6 +182,28 @@ impl Memory {
             }
         }
         self.sequences[at].pending = Some((n_rows, n_certain));
+        Ok(())
+    }
+
+    /// Adds `n_more` tentative rows to the prepared ones. On error nothing has changed: the prepared rows stay.
+    pub fn extend(&mut self, seq: SeqId, n_more: usize) -> Result<(), NoRoom> {
+        let at = self.position(seq);
+        let Some((n_rows, n_certain)) = self.sequences[at].pending else {
+            panic!("{seq:?} has no prepared rows")
+        };
+        if self.has_pages {
+            let have = self.sequences[at].pages.len();
+            let want = (self.sequences[at].len + n_rows + n_more).div_ceil(self.page_len);
+            let (needed, free) = (want.saturating_sub(have), self.n_page_max - self.n_page_used());
+            if needed > free {
+                return Err(NoRoom { needed, free, total: self.n_page_max, page_len: self.page_len });
+            }
+            for _ in 0..needed {
+                let page = self.take_page();
+                self.sequences[at].pages.push(page);
+            }
+        }
+        self.sequences[at].pending = Some((n_rows + n_more, n_certain));
         Ok(())
     }
 
