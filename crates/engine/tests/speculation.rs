@@ -256,6 +256,32 @@ fn a_full_cache_fails_one_and_not_all() {
 }
 
 #[test]
+fn a_draft_costs_nobody_his_room() {
+    let mut n_failed = 0;
+    for seed in 0..100 {
+        let model = HashModel::new(seed, HashKind::Hybrid);
+        let sizes = Sizes {
+            n_slot: 3,
+            page_len: 1 + seed as usize % 5,
+            n_cell_max: 100,
+            n_ubatch: 512,
+            ..Sizes::ROOMY
+        };
+        let requests: Vec<Request> = (0..6).map(|id| request(id, &"so ".repeat(1 + id as usize))).collect();
+        // Drafts of which nothing is accepted must change nothing, not even who fails for want of memory, and when.
+        let plain = run(model.clone(), None::<Scripted>, sizes, requests.clone());
+        let drafter = oracle(model.clone(), 15, Accept::Exactly(0), 1);
+        let drafted = run(model.clone(), Some(drafter), sizes, requests);
+        for (id, told) in &plain.told {
+            let other = &drafted.told[id];
+            assert_eq!((&told.end, told.ids()), (&other.end, other.ids()), "seed {seed}, {id:?}");
+            n_failed += usize::from(matches!(told.end, Some(Err(_))));
+        }
+    }
+    assert!((100..500).contains(&n_failed), "{n_failed} of 600 found no room");
+}
+
+#[test]
 fn what_cannot_be_served_is_refused() {
     let mut world = World::new(HashModel::new(1, HashKind::Attention), None::<Scripted>, Sizes::ROOMY);
     let refused = |world: &mut World, request| world.submit(request).expect_err("refused").to_string();

@@ -197,6 +197,8 @@ impl World {
         let alone = self.alone(id);
         let ids = told.ids();
         let request = &self.requests[&id];
+        let wanted = request.slot.is_none() || told.slot.is_none() || told.slot == request.slot;
+        assert!(wanted, "{id:?} wants slot {:?} and is in {:?}", request.slot, told.slot);
         match (&told.end, &told.cancelled) {
             (Some(Ok(finish)), None) => {
                 assert_eq!(ids, alone.tokens, "{id:?}: tokens");
