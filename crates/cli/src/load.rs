@@ -1,0 +1,359 @@
+//! From files to an engine.
+//!
+//! ```text
+//! files ─▶ backend ─▶ target ─▶ drafter ─▶ plan (needs the drafter's taps) ─▶ states ─▶ memory ─▶ engine
+//!                       └── tokenizer, template          └── pair checked
+//! ```
+//!
+//! [`Loaded`] holds what can be shared and used again: the server makes a second engine from it after a failure, the
+//! bench one with the drafter and one without.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Step, Target};
+use paceline_gguf::Gguf;
+use paceline_memory::Memory;
+use paceline_models::Model;
+use paceline_spec::{Drafter, LoadDrafter};
+use paceline_text::{ChatTemplate, Tokenizer, Vocab};
+use tracing::{info, warn};
+
+use crate::{
+    flags::{ModelFlags, SizeFlags, TemplateFlags},
+    progress,
+    sources::Source,
+};
+
+/// The largest block that any drafter file may ask for: rows of the drafter's memory beyond the context.
+const N_BLOCK_MAX: usize = 64;
+
+/// Slots, if the number is left to us.
+const N_SLOT_AUTO: usize = 4;
+
+/// The least context that is tried when the trained one does not fit into memory.
+const N_CTX_MIN: usize = 4096;
+
+/// Everything that engines are made from.
+pub struct Loaded {
+    /// The target's file.
+    pub target_file: Arc<Gguf>,
+    /// The drafter's file.
+    pub drafter_file: Option<Arc<Gguf>>,
+    /// Where both run.
+    pub backend: Arc<dyn Backend>,
+    /// The target.
+    pub model: Box<dyn Model>,
+    /// Its words.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat form.
+    pub template: ChatTemplate,
+    /// Sizes of engines.
+    pub sizes: Sizes,
+    /// True if the target is the toy in this binary.
+    pub is_bundled: bool,
+    /// No empty run before the first request.
+    pub no_warmup: bool,
+}
+
+/// Sizes of an engine, worked out from flags and model.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Requests at once.
+    pub n_slot: usize,
+    /// Context of each.
+    pub n_ctx: usize,
+    /// Cells over all slots, without the room for tentative rows.
+    pub n_cell: usize,
+    /// Rows of a step.
+    pub n_ubatch: usize,
+    /// Most tokens drafted, before the drafter's own limit.
+    pub n_draft_max: Option<usize>,
+    /// Storage of the target's cells.
+    pub kv: KvType,
+    /// Storage of the drafter's cells.
+    pub kv_draft: KvType,
+}
+
+impl Loaded {
+    /// Opens, loads and checks what the flags name. `n_slot_auto` is the number of slots if they leave it open.
+    pub fn load(model: &ModelFlags, sizes: &SizeFlags, template: &TemplateFlags, one_slot: bool) -> Result<Loaded> {
+        let (target_source, drafter_source) = (Source::target(model)?, Source::drafter(model)?);
+        let target_file = target_source.open()?;
+        check_kind(&target_file)?;
+        let drafter_file = drafter_source.map(|source| source.open()).transpose()?;
+        let line = progress::words("loading the target");
+        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(sizes.n_threads())?);
+        let target = paceline_models::load(&target_file, &backend)?;
+        let tokenizer = Tokenizer::from_metadata(target_file.metadata())
+            .with_context(|| format!("{}: the tokenizer can't be used", target_file.name()))?;
+        let (n_rows, n_tokens) = (target.hparams().n_vocab, tokenizer.vocab().len());
+        ensure!(
+            n_rows == n_tokens,
+            "{}: tokenizer.ggml.tokens: expected {n_rows} tokens, as many as the embedding has rows, found {n_tokens}",
+            target_file.name()
+        );
+        if let Some(file) = &drafter_file {
+            check_kind(file)?;
+            check_pair(&target_file, tokenizer.vocab(), file)?;
+        }
+        let text = |token: Option<u32>| {
+            token.map(|t| String::from_utf8_lossy(tokenizer.vocab().text(t)).into_owned()).unwrap_or_default()
+        };
+        let given = template.template(&text(tokenizer.vocab().bos()), &text(tokenizer.vocab().eos()))?;
+        let template = match given {
+            Some(template) => template,
+            None => ChatTemplate::from_metadata(target_file.metadata(), tokenizer.vocab())
+                .with_context(|| format!("{}: the chat template can't be used", target_file.name()))?,
+        };
+        line.finish_and_clear();
+        Ok(Loaded {
+            sizes: Sizes::new(sizes, &*target, one_slot)?,
+            target_file,
+            drafter_file,
+            backend,
+            model: target,
+            tokenizer: Arc::new(tokenizer),
+            template,
+            is_bundled: target_source.is_bundled(),
+            no_warmup: sizes.no_warmup,
+        })
+    }
+
+    /// An engine, with the drafter if there is one and it is wanted.
+    pub fn engine(&self, with_drafter: bool) -> Result<Engine> {
+        let sizes = &self.sizes;
+        let page_len = StateConfig::default().page_len;
+        let drafter: Option<Box<dyn Drafter>> = match &self.drafter_file {
+            Some(file) if with_drafter => {
+                let per_slot = (sizes.n_ctx + N_BLOCK_MAX).next_multiple_of(page_len);
+                Some(paceline_spec::load(&LoadDrafter {
+                    file: file.clone(),
+                    backend: &self.backend,
+                    target: &*self.model,
+                    states: StateConfig { kv_type: sizes.kv_draft, ..StateConfig::default() },
+                    n_cell_max: per_slot * sizes.n_slot,
+                })?)
+            }
+            _ => None,
+        };
+        let n_draft_max = drafter.as_ref().map_or(0, |d| {
+            sizes.n_draft_max.unwrap_or(usize::MAX).min(d.n_draft_max())
+        });
+        let taps = drafter.as_ref().map_or(&[][..], |d| d.taps());
+        let mut plan = PlanBuilder::new(taps);
+        let logits = self.model.record(&mut plan);
+        let plan = Arc::new(plan.finish(Some(logits)));
+        let config =
+            StateConfig { kv_type: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
+        let states = self.backend.alloc_states(self.model.states(), config)?;
+        let exec = self.backend.compile(plan, &states)?;
+        // A slot's last page is never shared with another slot, and tentative rows come on top.
+        let room = (n_draft_max + 1 + page_len).next_multiple_of(page_len);
+        let memory = Memory::new(states, sizes.n_cell.next_multiple_of(page_len) + sizes.n_slot * room);
+        let target = Target { exec, memory, n_vocab: self.model.hparams().n_vocab };
+        let config = EngineConfig {
+            n_slot: sizes.n_slot,
+            n_ctx: sizes.n_ctx,
+            n_ubatch: sizes.n_ubatch,
+            n_draft_max,
+            ..EngineConfig::default()
+        };
+        Ok(Engine::new(target, drafter, self.tokenizer.vocab().clone(), config))
+    }
+
+    /// Says what was loaded, and runs a token or two so that the first request finds everything touched.
+    ///
+    /// The run has an engine of its own, so that it shows in no counter.
+    pub fn announce_and_warm_up(&self) -> Result<()> {
+        let line = progress::words("loading the drafter");
+        let mut engine = self.engine(true)?;
+        line.finish_and_clear();
+        let (sizes, hp) = (&self.sizes, self.model.hparams());
+        let memory = MemoryNeed::new(self.model.states(), sizes.kv, engine.config().n_draft_max);
+        info!("{}", self.backend.describe());
+        info!(
+            "target: {}, {}, {} layers, {} weights in {}",
+            self.target_file.path().display(),
+            self.target_file.metadata().str("general.architecture")?.unwrap_or("?"),
+            hp.n_layer,
+            short(n_params(&self.target_file) as f64),
+            bytes(self.target_file.file_bytes()),
+        );
+        match engine.drafter() {
+            Some(drafter) => {
+                info!("drafter: {}", drafter.contract());
+                info!("drafts of at most {} tokens", engine.config().n_draft_max);
+            }
+            None => info!("no drafter: every token takes a forward of its own"),
+        }
+        info!(
+            "memory, taken as it is used: {} a token of context, up to {}; {} a slot for recurrent state",
+            bytes(memory.cell_bytes),
+            bytes(memory.cell_bytes * sizes.n_cell as u64),
+            bytes(memory.slot_bytes),
+        );
+        if self.is_bundled {
+            info!("this is the bundled toy model, trained on synthetic stories: give a real one with -m or -hf");
+        }
+        if !self.no_warmup {
+            let token = self.tokenizer.vocab().eos().unwrap_or(0);
+            let mut request = Request::new(RequestId(0), vec![token; 2]);
+            request.n_predict = Some(2);
+            request.ignore_eos = true;
+            let mut events = Vec::new();
+            if engine.submit(request).is_ok() {
+                while engine.step(&mut events) != Step::Idle {}
+            }
+            if let Some(Event::Failed { error, .. }) = events.last() {
+                warn!("the empty run failed: {error}");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Sizes {
+    /// Sizes for `model`, and words on how they came about.
+    fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
+        let (kv, kv_draft) = flags.kv_types()?;
+        let auto = if one_slot { 1 } else { N_SLOT_AUTO };
+        let n_slot = match flags.parallel {
+            None | Some(-1 | 0) => auto,
+            Some(n) => usize::try_from(n).ok().filter(|n| *n <= 256).with_context(|| {
+                format!("-np: expected 1 to 256 slots, or -1 to leave the number open, found {n}")
+            })?,
+        };
+        let n_train = model.hparams().n_ctx_train;
+        let cell_bytes = MemoryNeed::new(model.states(), kv, 0).cell_bytes;
+        let n_ctx = match flags.ctx_size.filter(|&n| n > 0) {
+            Some(total) if flags.kv_unified => total as usize,
+            Some(total) => total as usize / n_slot,
+            None => {
+                // Most of what the machine has free, as far as that can be known.
+                let n_fit = available_memory()
+                    .map_or(usize::MAX, |free| (free / 10 * 8 / cell_bytes.max(1)) as usize / n_slot);
+                let n_ctx = n_train.min(n_fit.max(N_CTX_MIN));
+                if n_ctx < n_train {
+                    warn!("context cut from {n_train}, the trained one, to {n_ctx} so that full slots fit into memory; -c sets it");
+                }
+                n_ctx
+            }
+        };
+        ensure!(
+            n_ctx >= 2,
+            "-c {}: leaves {n_ctx} tokens to each of {n_slot} slots, expected at least 2\n\
+             hint: a larger -c, fewer slots (-np), or one pool for all (-kvu)",
+            flags.ctx_size.unwrap_or(0)
+        );
+        let why = match flags.ctx_size.filter(|&n| n > 0) {
+            None => "what the model was trained for".to_string(),
+            Some(total) if flags.kv_unified => format!("-c {total}, one pool for all (-kvu)"),
+            Some(total) => format!("-c {total} over -np {n_slot}"),
+        };
+        info!("{n_slot} slots, each with a context of {n_ctx} tokens ({why})");
+        if n_ctx > n_train {
+            warn!("the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot)");
+        }
+        let n_cell = if flags.kv_unified { n_ctx } else { n_ctx * n_slot };
+        if let Some(free) = available_memory()
+            && cell_bytes * n_cell as u64 > free
+        {
+            warn!(
+                "full slots would need {} of memory, {} are free: requests fail when it runs out; a smaller -c is safer",
+                bytes(cell_bytes * n_cell as u64),
+                bytes(free)
+            );
+        }
+        Ok(Sizes { n_slot, n_ctx, n_cell, n_ubatch: flags.n_ubatch()?, n_draft_max: flags.spec_draft_n_max, kv, kv_draft })
+    }
+}
+
+/// What states take.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryNeed {
+    /// Bytes of a token of context, over all attention layers.
+    pub cell_bytes: u64,
+    /// Bytes of a slot's recurrent state, its tentative rows included.
+    pub slot_bytes: u64,
+}
+
+impl MemoryNeed {
+    /// Of a model with these states.
+    pub fn new(states: &[StateDecl], kv: KvType, n_tentative: usize) -> MemoryNeed {
+        let cell: usize = states.iter().map(StateDecl::cell_width).sum();
+        let slot: usize = states.iter().map(|s| s.slot_width() + n_tentative * s.window_width()).sum();
+        MemoryNeed { cell_bytes: (cell * kv.bytes()) as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
+    }
+}
+
+/// Adapters, projectors and other parts come in GGUF files too.
+fn check_kind(file: &Gguf) -> Result<()> {
+    match file.metadata().str("general.type")? {
+        None | Some("model") => Ok(()),
+        Some(other) => bail!("{}: general.type: expected `model`, found `{other}`\nhint: give the model itself", file.name()),
+    }
+}
+
+/// A drafter that speaks other tokens drafts rubbish without an error, so the vocabularies are compared if the drafter
+/// brings one; which ids play special roles may differ, drafters do not look at roles.
+fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
+    if drafter.metadata().contains("tokenizer.ggml.tokens") {
+        match Vocab::from_metadata(drafter.metadata()) {
+            Ok(theirs) => {
+                let diff = ours.diff(&theirs);
+                if diff.only_special_ids() {
+                    info!("target and drafter differ in special tokens only ({diff}): fine, the target's count");
+                } else if !diff.is_same() {
+                    bail!(
+                        "{}: its vocabulary is not the target's: {diff}\nhint: use the drafter that was trained for {}, or go without (--no-draft)",
+                        drafter.name(),
+                        target.name()
+                    );
+                }
+            }
+            Err(error) => warn!("{}: its tokenizer can't be compared with the target's: {error}", drafter.name()),
+        }
+    }
+    let window = |file: &Gguf| -> Result<Option<u32>> {
+        let arch = file.metadata().require_str("general.architecture")?;
+        Ok(file.metadata().u32(&format!("{arch}.attention.sliding_window"))?.filter(|&n| n > 0))
+    };
+    if let (Some(target_window), Some(drafter_window)) = (window(target)?, window(drafter)?)
+        && target_window != drafter_window
+    {
+        warn!(target_window, drafter_window, "sliding windows of target and drafter differ: acceptance may suffer, the text does not");
+    }
+    Ok(())
+}
+
+/// Weights in a file.
+pub fn n_params(file: &Gguf) -> u64 {
+    file.tensors().iter().map(|tensor| tensor.n_elements()).sum()
+}
+
+/// Memory that the system could give, where it says so.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// `7.4 MB`.
+pub fn bytes(n: u64) -> String {
+    match n {
+        0..1000 => format!("{n} B"),
+        _ => format!("{}B", short(n as f64)),
+    }
+}
+
+/// `7.4 M`.
+pub fn short(n: f64) -> String {
+    let units = [(1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
+    match units.iter().find(|(unit, _)| n >= *unit) {
+        Some((unit, name)) if n / unit < 10.0 => format!("{:.1} {name}", n / unit),
+        Some((unit, name)) => format!("{:.0} {name}", n / unit),
+        None => format!("{n:.0} "),
+    }
+}

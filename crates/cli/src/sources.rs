@@ -1,0 +1,74 @@
+//! Where a model comes from: a path, the hub, or this binary.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::{Result, ensure};
+use paceline_gguf::Gguf;
+
+use crate::{
+    flags::ModelFlags,
+    hub::{self, HubModel},
+};
+
+/// The toy pair, so that everything runs on a fresh machine.
+const BUNDLED_TARGET: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/bundled/target.gguf"));
+const BUNDLED_DRAFTER: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/bundled/drafter.gguf"));
+
+/// A place that a model file can be had from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// A file.
+    Path(PathBuf),
+    /// A repository of the hub.
+    Hub(HubModel),
+    /// A file inside this binary, under this name.
+    Bundled(&'static str, &'static [u8]),
+}
+
+impl Source {
+    /// The target that the flags ask for.
+    pub fn target(flags: &ModelFlags) -> Result<Source> {
+        match (&flags.model, &flags.hf_repo) {
+            (Some(path), _) => Ok(Source::Path(path.clone())),
+            (None, Some(repo)) => {
+                Ok(Source::Hub(HubModel::parse(repo, flags.hf_file.clone(), flags.hf_token.clone())?))
+            }
+            (None, None) => Ok(Source::Bundled("bundled/target.gguf", BUNDLED_TARGET)),
+        }
+    }
+
+    /// The drafter, if there is to be one. The bundled one comes with the bundled target and no other.
+    pub fn drafter(flags: &ModelFlags) -> Result<Option<Source>> {
+        let given = match (&flags.model_draft, &flags.hf_repo_draft) {
+            (Some(path), _) => Some(Source::Path(path.clone())),
+            (None, Some(repo)) => Some(Source::Hub(HubModel::parse(repo, None, flags.hf_token.clone())?)),
+            (None, None) => None,
+        };
+        if !flags.wants_drafter()? {
+            return Ok(None);
+        }
+        let bundled_target = flags.model.is_none() && flags.hf_repo.is_none();
+        let drafter = given.or(bundled_target.then_some(Source::Bundled("bundled/drafter.gguf", BUNDLED_DRAFTER)));
+        ensure!(
+            drafter.is_some() || (flags.spec_type.is_none() && !flags.dflash),
+            "--spec-type {} needs a drafter\nhint: give its file with -md or its repository with -hfd",
+            flags.spec_type.as_deref().unwrap_or("dflash")
+        );
+        Ok(drafter)
+    }
+
+    /// True for a file of this binary.
+    pub fn is_bundled(&self) -> bool {
+        matches!(self, Source::Bundled(..))
+    }
+
+    /// Opens the file, after fetching it if need be.
+    pub fn open(&self) -> Result<Arc<Gguf>> {
+        Ok(Arc::new(match self {
+            Source::Path(path) => Gguf::open(path)?,
+            Source::Hub(model) => Gguf::open(hub::fetch(model)?)?,
+            Source::Bundled(name, bytes) => Gguf::from_bytes(name, bytes.to_vec())?,
+        }))
+    }
+}

@@ -1,0 +1,184 @@
+//! Speculated = plain: the drafter may change how fast an answer comes, and nothing else.
+
+use serde_json::{Value, json};
+
+use crate::{
+    ask::{
+        ASKED, chat, chat_prompt, chat_stream, drafts, native, native_body, native_stream, of_native, user,
+    },
+    server::Server,
+};
+
+/// Fields that turn speculation off for a request.
+fn plain(mut more: Value) -> Value {
+    more["speculative.n_max"] = 0.into();
+    more
+}
+
+#[test]
+fn the_first_request_after_a_start() {
+    for flags in ["-np 1", "-np 2", "-np 8 --no-warmup"] {
+        let server = Server::start(flags);
+        // The empty run before the first request leaves nothing behind either.
+        server.assert_clean();
+        let (first, drafted) = native(&server, chat_prompt(ASKED[0]), &json!({}));
+        assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{flags}: {drafted:?}");
+        assert_eq!(native(&server, chat_prompt(ASKED[0]), &plain(json!({}))), (first, None), "{flags}");
+        server.assert_clean();
+    }
+}
+
+#[test]
+fn an_answer_is_the_same_with_and_without_a_drafter() {
+    let server = Server::shared("-np 2");
+    let without = Server::start("-np 2 --spec-type none");
+    let mut n = (0, 0);
+    for asked in ASKED {
+        for more in [
+            json!({}),
+            json!({"temperature": 0.8}),
+            json!({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "n_probs": 8}),
+            json!({"temperature": 0.8, "repeat_penalty": 1.2, "presence_penalty": 0.3, "dry_multiplier": 0.8}),
+        ] {
+            let (answer, drafted) = native(&server, chat_prompt(asked), &more);
+            assert!(drafted.is_some(), "{asked} {more}");
+            n = drafted.map_or(n, |(drafted, accepted)| (n.0 + drafted, n.1 + accepted));
+            assert_eq!(native(&without, chat_prompt(asked), &more), (answer.clone(), None), "{asked} {more}");
+            assert_eq!(native(&server, chat_prompt(asked), &plain(more)), (answer, None), "{asked}");
+        }
+    }
+    assert!(n.1 * 10 > n.0, "the bundled drafter is right more often than {} of {} times", n.1, n.0);
+}
+
+#[test]
+fn chats_and_streams_are_the_same_too() {
+    let server = Server::shared("-np 2");
+    for (asked, more) in [(ASKED[0], json!({})), (ASKED[2], json!({"temperature": 0.8}))] {
+        let whole = chat(&server, user(asked), &more);
+        assert!(whole.1.is_some());
+        assert_eq!(chat_stream(&server, user(asked), &more), whole, "{asked}");
+        assert_eq!(chat(&server, user(asked), &plain(more.clone())), (whole.0.clone(), None), "{asked}");
+        assert_eq!(chat_stream(&server, user(asked), &plain(more.clone())), (whole.0, None), "{asked}");
+        let whole = native(&server, chat_prompt(asked), &more);
+        assert_eq!(native_stream(&server, chat_prompt(asked), &more), whole, "{asked}");
+    }
+}
+
+#[test]
+fn chat_and_completion_speculate_alike() {
+    let server = Server::shared("-np 2");
+    for asked in &ASKED[..4] {
+        let prompt = server.ok("/apply-template", &json!({"messages": user(asked)}))["prompt"].clone();
+        for more in [json!({}), json!({"temperature": 0.8})] {
+            let (chat, chat_drafts) = chat(&server, user(asked), &more);
+            let (native, native_drafts) = native(&server, prompt.clone(), &more);
+            assert!(chat_drafts.is_some());
+            assert_eq!(chat_drafts, native_drafts, "{asked}");
+            assert_eq!((chat.n_prompt, chat.n_predicted), (native.n_prompt, native.n_predicted), "{asked}");
+            // A chat does not show the token that ended it.
+            let shown: Vec<&Value> = native.tokens.as_array().into_iter().flatten().collect();
+            let chat_shown: Vec<&Value> = chat.tokens.as_array().into_iter().flatten().collect();
+            assert_eq!(chat_shown, shown[..chat_shown.len()], "{asked}");
+            assert!(shown.len() - chat_shown.len() <= 1, "{asked}");
+        }
+    }
+}
+
+#[test]
+fn five_identical_prompts_in_a_row() {
+    for flags in ["-np 1", "-np 2", "-np 4", "-np 8"] {
+        let server = Server::start(flags);
+        let first = native(&server, chat_prompt(ASKED[0]), &json!({}));
+        assert!(first.1.is_some_and(|(_, accepted)| accepted > 0), "{flags}: {:?}", first.1);
+        for _ in 0..4 {
+            assert_eq!(native(&server, chat_prompt(ASKED[0]), &json!({})), first, "{flags}");
+        }
+        let uncached = native(&server, chat_prompt(ASKED[0]), &json!({"cache_prompt": false}));
+        assert_eq!(uncached, first, "{flags}");
+    }
+}
+
+#[test]
+fn drafts_of_every_length() {
+    let server = Server::shared("-np 2");
+    let want = native(&server, chat_prompt(ASKED[0]), &json!({"speculative.n_max": 0})).0;
+    for n_max in 1..=16 {
+        let reply = server.ok(
+            "/completion",
+            &native_body(chat_prompt(ASKED[0]), &json!({"speculative": {"n_max": n_max}})),
+        );
+        let (answer, drafted) = of_native(&reply);
+        assert_eq!(answer, want, "{n_max}");
+        assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{n_max}: {drafted:?}");
+        let longest = reply["speculative"]["by_position"].as_array().map_or(0, Vec::len);
+        assert_eq!(longest, n_max.min(15), "a block of 16 drafts up to 15 tokens");
+    }
+}
+
+#[test]
+fn no_more_tokens_than_asked_for() {
+    let server = Server::shared("-np 2");
+    let (long, _) = native(&server, chat_prompt(ASKED[0]), &json!({}));
+    for n in [1, 2, 3, 7, 16, 17] {
+        let (answer, _) = native(&server, chat_prompt(ASKED[0]), &json!({"n_predict": n}));
+        assert_eq!((answer.n_predicted, answer.ending.0.as_str()), (n, "limit"));
+        let long: Vec<Value> =
+            long.tokens.as_array().into_iter().flatten().take(n as usize).cloned().collect();
+        assert_eq!(answer.tokens, Value::from(long), "{n}");
+        let (answer, _) = chat(&server, user(ASKED[0]), &json!({"max_tokens": n}));
+        assert_eq!((answer.n_predicted, answer.ending.0.as_str()), (n, "length"));
+    }
+}
+
+#[test]
+fn stop_strings_inside_accepted_runs() {
+    let server = Server::shared("-np 2");
+    let (whole, drafted) = native(&server, chat_prompt(ASKED[0]), &json!({}));
+    // Runs this long leave no cut outside of one.
+    assert!(drafted.is_some_and(|(_, accepted)| accepted * 2 > whole.n_predicted), "{drafted:?}");
+    let places: Vec<usize> = whole.text.char_indices().map(|(at, _)| at).collect();
+    let mut n_cut = 0;
+    for begin in places.iter().step_by(5) {
+        let stop: String = whole.text[*begin..].chars().take(3).collect();
+        let Some(at) = whole.text.find(&stop) else { continue };
+        for more in [json!({"stop": [stop]}), plain(json!({"stop": ["unlikely", stop]}))] {
+            for (answer, _) in [
+                native(&server, chat_prompt(ASKED[0]), &more),
+                native_stream(&server, chat_prompt(ASKED[0]), &more),
+            ] {
+                assert_eq!(answer.text, whole.text[..at], "{more}");
+                assert_eq!(answer.ending, ("word".to_owned(), stop.clone()), "{more}");
+            }
+        }
+        n_cut += 1;
+    }
+    assert!(n_cut > 5, "the text is too short to be cut: {:?}", whole.text);
+    server.wait_until_idle();
+}
+
+#[test]
+fn what_speculation_did_is_said() {
+    let server = Server::shared("-np 2");
+    let body = |more: Value| native_body(chat_prompt(ASKED[0]), &more);
+    let on = server.ok("/completion", &body(json!({})));
+    assert_eq!(on["speculative"]["state"], "active");
+    let accept_len = on["speculative"]["accept_len"].as_f64().unwrap_or_default();
+    assert!(accept_len > 1.5, "{accept_len}");
+    for off in [json!({"speculative.n_max": 0}), json!({"speculative": false})] {
+        let off = server.ok("/completion", &body(off));
+        assert_eq!((&off["speculative"]["state"], drafts(&off)), (&json!("off_by_request"), None));
+    }
+    assert_eq!(server.get("/props")["speculative"]["type"], "dflash");
+    assert_eq!(server.get("/slots")[0]["speculative"], true);
+    assert_eq!(server.metric("paceline:drafter_active{type=\"dflash\"}"), 1.0);
+    let accepted = server.metric("llamacpp:spec_decode_num_accepted_tokens_total");
+    assert!(accepted > 0.0 && accepted <= server.metric("llamacpp:spec_decode_num_draft_tokens_total"));
+
+    let without = Server::start("--spec-type none");
+    let reply = without.ok("/completion", &body(json!({})));
+    assert_eq!((&reply["speculative"]["state"], drafts(&reply)), (&json!("no_drafter"), None));
+    assert_eq!(without.get("/props")["speculative"]["type"], "none");
+    assert_eq!(without.get("/slots")[0]["speculative"], false);
+    assert_eq!(without.metric("paceline:drafter_active{type=\"none\"}"), 0.0);
+    assert_eq!(without.metric("llamacpp:spec_decode_num_draft_tokens_total"), 0.0);
+}
