@@ -11,7 +11,7 @@ use crate::{
 fn keys() {
     let server = Server::start("--api-key one,two");
     let body = chat_body(user("Hi"), &json!({"max_tokens": 1})).to_string();
-    let mut check = |headers: &[(&str, &str)], status: u16| {
+    let check = |headers: &[(&str, &str)], status: u16| {
         let mut reply = server.request("POST", "/v1/chat/completions", headers, &body);
         assert_eq!(reply.status, status, "{headers:?}");
         reply.json().expect("a JSON body")
