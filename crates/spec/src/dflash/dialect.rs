@@ -7,11 +7,14 @@
 //! | `qwen35-dflash-draft` | none: spread evenly, `n_target_layers` is their number | layer | `dflash.fc`, `dflash.hidden_norm` |
 //! | `gemma4-dflash-draft` | `….dflash.target_layer_ids` | layer | `dflash.fc`, `dflash.hidden_norm` |
 //!
+//! The drafter's own keys stand under the architecture or under one of the first two names, with a second `dflash.`
+//! or without; where a file has several spellings, they must agree.
+//!
 //! A file is read into one [`Contract`], checked against the target, and from there on nothing knows which dialect
 //! it was. One off in a tap is silent (acceptance drops, text stays right), so nothing is guessed.
 
 use paceline_backend::BlockMask;
-use paceline_gguf::Gguf;
+use paceline_gguf::{GgmlType, Gguf, Metadata};
 use paceline_models::{Hparams, Weights};
 
 use crate::{LoadError, Token};
@@ -33,13 +36,30 @@ const NAMES: &[Names] = &[
 ];
 
 /// Variants that need more than this file implements, by a tensor that only they have.
-const OTHER_VARIANTS: &[(&str, &str)] = &[
+const OTHER_BY_TENSOR: &[(&str, &str)] = &[
     ("attn_conv", "DFlash2"),
     ("selector", "DFlash2"),
     ("markov_", "DSpark"),
     ("conf_proj", "DSpark"),
     ("dflash_aux_hidden_norm", "Laguna DFlash"),
 ];
+
+/// The same by a key whose number is not the one that changes nothing.
+const OTHER_BY_NUMBER: &[(&str, f32, &str)] = &[
+    ("hyper_connection.count", 0.0, "DeepSeek DSpark"),
+    ("backbone_rotary_base", 0.0, "MiMo DFlash"),
+    ("final_logit_softcapping", 0.0, "Gemma 4 DFlash"),
+    ("embedding_scale", 1.0, "Gemma 4 DFlash"),
+    ("logit_scale", 1.0, "Muse-Glimmer DFlash"),
+];
+
+/// The same by a flag.
+const OTHER_BY_FLAG: &[(&str, &str)] = &[("laguna", "Laguna DFlash"), ("sample_from_anchor", "DSpark")];
+
+const RECONVERT: &str =
+    "; convert the original checkpoint again: paceline convert HF_DIR OUT.gguf --target TARGET_DIR";
+const OTHER_TARGET: &str = "; this drafter was made for another target: load it with that one";
+const CONTRADICTS: &str = "; the file contradicts itself: convert it again or download it from elsewhere";
 
 /// One layer's view of the context and of its own block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,10 +101,11 @@ pub(super) struct TargetFacts {
 impl Contract {
     pub fn read(w: &Weights, arch: &str, target: &TargetFacts) -> Result<Contract, LoadError> {
         let file = w.file();
-        refuse_other_variants(file)?;
+        refuse_other_variants(w)?;
         let names = tensor_names(file)?;
         let mut hparams = Hparams::read_with_vocab(w, target.n_vocab)?;
-        let taps = taps(w, arch, names, &hparams, target)?;
+        refuse_unscaled_rope(w)?;
+        let taps = taps(w, arch, names, target)?;
         let n_embd_target = tapped_width(w, names, taps.len(), target)?;
         if hparams.n_embd != target.n_embd && !(w.has("token_embd.weight") && w.has("output.weight")) {
             return Err(mismatch(
@@ -92,22 +113,29 @@ impl Contract {
                 "embedding_length of a drafter that shares the target's embedding and head",
                 target.n_embd,
                 hparams.n_embd,
-                "; this drafter was made for another target",
+                OTHER_TARGET,
             ));
         }
-        if arch == "qwen35-dflash-draft" && w.metadata().f32(&w.key("rope.freq_base"))?.is_none() {
-            // The runtime that wrote these files had a base built in that its checkpoints contradict.
-            return Err(mismatch(
-                file,
-                "rope.freq_base, which old files of this kind leave out",
-                "the base of the checkpoint",
-                "none",
-                "; convert the original checkpoint again: paceline convert HF_DIR OUT.gguf --target TARGET_DIR",
-            ));
+        if arch == "qwen35-dflash-draft" {
+            require_what_old_files_leave_out(w)?;
         }
         let d2t = vocabulary_map(file, target.n_vocab)?;
-        if let Some(d2t) = &d2t {
-            hparams.n_vocab = d2t.len();
+        match (&d2t, w.metadata().u32(&w.key("vocab_size"))?) {
+            (Some(_), _) if !w.has("output.weight") => {
+                return Err(mismatch(
+                    file,
+                    "tensor `d2t`",
+                    "a head beside it",
+                    "no `output.weight`",
+                    RECONVERT,
+                ));
+            }
+            (Some(d2t), _) => hparams.n_vocab = d2t.len(),
+            (None, Some(n)) if n as usize != target.n_vocab => {
+                let expected = format!("{}, the target's", target.n_vocab);
+                return Err(mismatch(file, w.key("vocab_size"), expected, n, OTHER_TARGET));
+            }
+            (None, _) => {}
         }
         let ffn_norm = match w.has("blk.0.ffn_norm.weight") {
             true => "ffn_norm",
@@ -123,7 +151,7 @@ impl Contract {
             n_embd_target,
             n_block: block_size(w)?,
             mask: mask_token(w, target.n_vocab)?,
-            layers: layer_masks(w, arch, hparams.n_layer)?,
+            layers: layer_masks(w, arch, names, hparams.n_layer)?,
             d2t,
             own_embedding: w.has("token_embd.weight"),
             own_head: w.has("output.weight"),
@@ -131,6 +159,7 @@ impl Contract {
         };
         contract.check_windows(file)?;
         contract.check_inventory(file)?;
+        check_vectors_finite(file)?;
         Ok(contract)
     }
 
@@ -175,7 +204,7 @@ impl Contract {
                 "attention.sliding_window of layers that see the whole block",
                 format!("at least the block size {}", self.n_block),
                 layer.window.unwrap_or(0),
-                "",
+                CONTRADICTS,
             )),
             None => Ok(()),
         }
@@ -185,8 +214,6 @@ impl Contract {
     fn check_inventory(&self, file: &Gguf) -> Result<(), LoadError> {
         const PER_LAYER: &[&str] = &[
             "attn_norm.weight",
-            "ffn_norm.weight",
-            "post_attention_norm.weight",
             "attn_q.weight",
             "attn_k.weight",
             "attn_v.weight",
@@ -202,28 +229,36 @@ impl Contract {
             "ffn_up.weight",
             "ffn_down.weight",
         ];
-        let global = [self.fc, self.hidden_norm, "output_norm.weight", "token_embd.weight", "output.weight", "d2t"];
+        let global =
+            [self.fc, self.hidden_norm, "output_norm.weight", "token_embd.weight", "output.weight", "d2t"];
+        let in_layer = |part: &str| {
+            PER_LAYER.contains(&part)
+                || part.strip_suffix(".weight").is_some_and(|norm| norm == self.ffn_norm)
+        };
         let known = |name: &str| {
             global.contains(&name)
-                || name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).is_some_and(|(il, part)| {
-                    il.parse::<usize>().is_ok_and(|il| il < self.hparams.n_layer) && PER_LAYER.contains(&part)
-                })
+                || name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).is_some_and(
+                    |(il, part)| {
+                        il.parse::<usize>().is_ok_and(|il| il < self.hparams.n_layer) && in_layer(part)
+                    },
+                )
         };
-        let unknown: Vec<&str> = file.tensors().iter().map(|t| t.name.as_str()).filter(|n| !known(n)).collect();
+        let unknown: Vec<&str> =
+            file.tensors().iter().map(|t| t.name.as_str()).filter(|n| !known(n)).collect();
         if unknown.is_empty() {
             return Ok(());
         }
         Err(mismatch(
             file,
-            "tensors of a DFlash drafter",
-            format!("{} + 11 per layer, no others", 3),
-            unknown.join(", "),
+            "tensors",
+            format!("those of a DFlash v1 drafter of {} layers", self.hparams.n_layer),
+            format!("also {}", unknown.join(", ")),
             "; the file holds a variant that is not implemented, or is not a drafter",
         ))
     }
 }
 
-pub(super) fn mismatch(
+fn mismatch(
     file: &Gguf,
     what: impl ToString,
     expected: impl ToString,
@@ -239,27 +274,118 @@ pub(super) fn mismatch(
     }
 }
 
-fn refuse_other_variants(file: &Gguf) -> Result<(), LoadError> {
-    let variant = OTHER_VARIANTS
-        .iter()
-        .find(|(part, _)| file.tensors().iter().any(|t| t.name.contains(part)))
-        .map(|(_, variant)| *variant)
-        .or(match file.metadata().str("dflash.decoder_arch")? {
-            Some("laguna") => Some("Laguna DFlash"),
-            _ => None,
-        })
-        .or(match file.metadata().get("dflash.hyper_connection.count") {
-            Some(_) => Some("DeepSeek DSpark"),
-            None => None,
-        });
-    match variant {
-        Some(variant) => Err(LoadError::Unsupported {
-            file: file.name().to_string(),
-            variant: variant.to_string(),
-            way_out: "use a DFlash v1 drafter of the same target, or go without".to_string(),
-        }),
-        None => Ok(()),
+/// The prefix of a file's keys: its architecture, or the name that it had before a repack gave it another.
+pub(super) fn key_prefix<'a>(file: &Gguf, arch: &'a str) -> &'a str {
+    let has_keys = |prefix: &&str| file.metadata().contains(&format!("{prefix}.block_count"));
+    [arch, "dflash", "dflash-draft"].into_iter().find(has_keys).unwrap_or(arch)
+}
+
+/// One of the drafter's own keys, wherever the writer put it.
+fn own<'a, T: PartialEq>(
+    w: &'a Weights,
+    key: &str,
+    get: impl Fn(&'a Metadata, &str) -> Result<Option<T>, paceline_gguf::Error>,
+) -> Result<Option<T>, LoadError> {
+    let meta = w.metadata();
+    let mut found: Option<(String, T)> = None;
+    for prefix in [w.key(""), "dflash.".to_string(), "dflash-draft.".to_string()] {
+        for name in [format!("{prefix}{key}"), format!("{prefix}dflash.{key}")] {
+            let Some(value) = get(meta, &name)? else { continue };
+            match &found {
+                Some((first, agreed)) if *agreed != value => {
+                    let what = format!("keys `{first}` and `{name}`");
+                    return Err(mismatch(w.file(), what, "the same value", "two values", CONTRADICTS));
+                }
+                Some(_) => {}
+                None => found = Some((name, value)),
+            }
+        }
     }
+    Ok(found.map(|(_, value)| value))
+}
+
+fn refuse_other_variants(w: &Weights) -> Result<(), LoadError> {
+    let file = w.file();
+    let refuse = |variant: String| {
+        Err(LoadError::Unsupported {
+            file: file.name().to_string(),
+            variant,
+            way_out: "use a DFlash v1 drafter of the same target, or go without".to_string(),
+        })
+    };
+    for (part, variant) in OTHER_BY_TENSOR {
+        if let Some(tensor) = file.tensors().iter().find(|t| t.name.contains(part)) {
+            return refuse(format!("{variant} (tensor `{}`)", tensor.name));
+        }
+    }
+    if own(w, "decoder_arch", |meta, key| meta.str(key))? == Some("laguna") {
+        return refuse("Laguna DFlash (decoder_arch)".to_string());
+    }
+    for (key, variant) in OTHER_BY_FLAG {
+        if own(w, key, |meta, key| meta.bool(key))? == Some(true) {
+            return refuse(format!("{variant} ({key})"));
+        }
+    }
+    for (key, neutral, variant) in OTHER_BY_NUMBER {
+        if let Some(x) = own(w, key, |meta, key| meta.f32(key))?.filter(|x| x != neutral) {
+            return refuse(format!("{variant} ({key} {x})"));
+        }
+    }
+    Ok(())
+}
+
+/// Scaled angles by a factor alone: `rope.scaling.type` is checked with the other sizes.
+fn refuse_unscaled_rope(w: &Weights) -> Result<(), LoadError> {
+    for key in ["rope.scaling.factor", "rope.scale_linear"].map(|key| w.key(key)) {
+        if let Some(factor) = w.metadata().f32(&key)?.filter(|&factor| factor != 0.0 && factor != 1.0) {
+            let expected = "1 (scaled rotary angles are not supported yet)";
+            return Err(mismatch(w.file(), key, expected, factor, "; use a drafter without them"));
+        }
+    }
+    Ok(())
+}
+
+/// The runtime that wrote these files had a rotary base built in that its checkpoints contradict, and no windows.
+fn require_what_old_files_leave_out(w: &Weights) -> Result<(), LoadError> {
+    for (key, expected) in [
+        ("rope.freq_base", "the base of the checkpoint"),
+        ("attention.sliding_window", "the window of the checkpoint, 0 if it has none"),
+    ] {
+        let key = w.key(key);
+        if !w.metadata().contains(&key) {
+            let what = format!("{key}, which old files of this kind leave out");
+            return Err(mismatch(w.file(), what, expected, "no such key", RECONVERT));
+        }
+    }
+    Ok(())
+}
+
+/// One NaN in a norm makes every draft useless and nothing else wrong, so it is looked for. All vectors are small.
+fn check_vectors_finite(file: &Gguf) -> Result<(), LoadError> {
+    let bits_of_infinity = |ty| match ty {
+        GgmlType::F32 => Some((4, 0x7f80_0000)),
+        GgmlType::F16 => Some((2, 0x7c00)),
+        GgmlType::BF16 => Some((2, 0x7f80)),
+        _ => None,
+    };
+    for tensor in file.tensors().iter().filter(|tensor| tensor.n_rows() == 1) {
+        let Some((width, infinity)) = bits_of_infinity(tensor.ty) else { continue };
+        let is_finite = |bytes: &[u8]| {
+            let bits = bytes.iter().rev().fold(0u32, |bits, &byte| bits << 8 | u32::from(byte));
+            bits & infinity != infinity
+        };
+        if let Some(at) = file.data(tensor).chunks_exact(width).position(|value| !is_finite(value)) {
+            let what = format!("tensor `{}`", tensor.name);
+            return Err(mismatch(
+                file,
+                what,
+                "finite values",
+                format!("NaN or infinity at {at}"),
+                CONTRADICTS,
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn tensor_names(file: &Gguf) -> Result<&'static Names, LoadError> {
@@ -278,47 +404,48 @@ fn tensor_names(file: &Gguf) -> Result<&'static Names, LoadError> {
             "tensor names",
             "one dialect",
             found.iter().map(|n| n.fc).collect::<Vec<_>>().join(" and "),
-            "",
+            CONTRADICTS,
         )),
     }
 }
 
-fn taps(
-    w: &Weights,
-    arch: &str,
-    names: &Names,
-    hparams: &Hparams,
-    target: &TargetFacts,
-) -> Result<Vec<usize>, LoadError> {
-    let (file, meta) = (w.file(), w.metadata());
+fn taps(w: &Weights, arch: &str, names: &Names, target: &TargetFacts) -> Result<Vec<usize>, LoadError> {
+    let file = w.file();
     let list = |key: &str| -> Result<Option<Vec<usize>>, LoadError> {
-        Ok(meta.u32_array(key)?.map(|ids| ids.into_iter().map(|id| id as usize).collect()))
+        let ids = own(w, key, |meta, key| meta.u32_array(key))?;
+        Ok(ids.map(|ids| ids.into_iter().map(|id| id as usize).collect()))
     };
-    let taps = if let Some(ids) = list("dflash.target_layers")? {
+    let n_target_layers = own(w, "n_target_layers", |meta, key| meta.u32(key))?.map(|n| n as usize);
+    let taps = if let Some(ids) = list("target_layers")? {
         // This dialect counts the embedding as layer 0.
         let shifted: Option<Vec<usize>> = ids.iter().map(|id| id.checked_sub(1)).collect();
-        shifted.ok_or_else(|| mismatch(file, "dflash.target_layers", "layers counted from 1", format!("{ids:?}"), ""))?
-    } else if let Some(ids) = first_some([
-        list(&w.key("dflash.target_layer_ids"))?,
-        list("dflash.target_layer_ids")?,
-        list("dflash-draft.dflash.target_layer_ids")?,
-    ]) {
+        shifted.ok_or_else(|| {
+            mismatch(file, "dflash.target_layers", "layers counted from 1", format!("{ids:?}"), RECONVERT)
+        })?
+    } else if let Some(ids) = list("target_layer_ids")? {
         if arch == "dflash" && names.label == "fc" {
             return Err(mismatch(
                 file,
                 "dflash.target_layers",
                 "layers counted from 1",
-                format!("only target_layer_ids {ids:?}, whose base differs between the programs that wrote it"),
-                "; convert the original checkpoint again: paceline convert HF_DIR OUT.gguf --target TARGET_DIR",
+                format!(
+                    "only target_layer_ids {ids:?}, whose base differs between the programs that wrote it"
+                ),
+                RECONVERT,
             ));
         }
         ids
-    } else if arch == "qwen35-dflash-draft" {
-        let n_taps = meta.require_u32(&w.key("dflash.n_target_layers"))? as usize;
-        spread(n_taps, target.n_layer)
+    } else if let (true, Some(n_taps)) = (arch == "qwen35-dflash-draft", n_target_layers) {
+        // A number that `fc` contradicts is refused below; this bound keeps the list small until then.
+        spread(n_taps.min(target.n_layer + 1), target.n_layer)
     } else {
-        return Err(mismatch(file, "tapped target layers", "dflash.target_layers", "no such key", ""));
+        return Err(mismatch(file, "tapped target layers", "dflash.target_layers", "no such key", RECONVERT));
     };
+    // In this dialect alone the key means what its name says.
+    if arch == "gemma4-dflash-draft" && n_target_layers.is_some_and(|n| n != target.n_layer) {
+        let (expected, found) = (format!("{}, the target's", target.n_layer), n_target_layers.unwrap_or(0));
+        return Err(mismatch(file, "dflash.n_target_layers", expected, found, OTHER_TARGET));
+    }
     let ascending = taps.windows(2).all(|pair| pair[0] < pair[1]);
     if taps.is_empty() || !ascending || taps.iter().any(|&tap| tap >= target.n_layer) {
         return Err(mismatch(
@@ -326,10 +453,9 @@ fn taps(
             "tapped target layers, counted from 0",
             format!("ascending layers below {}, the target's number of layers", target.n_layer),
             format!("{taps:?}"),
-            "; this drafter was made for another target",
+            OTHER_TARGET,
         ));
     }
-    debug_assert!(hparams.n_layer > 0);
     Ok(taps)
 }
 
@@ -342,103 +468,75 @@ fn spread(n_taps: usize, n_layer: usize) -> Vec<usize> {
     (0..n_taps).map(|i| (1.0 + i as f64 * span).round_ties_even() as usize).collect()
 }
 
-fn first_some<T>(options: impl IntoIterator<Item = Option<T>>) -> Option<T> {
-    options.into_iter().flatten().next()
-}
-
 fn tapped_width(w: &Weights, names: &Names, n_taps: usize, target: &TargetFacts) -> Result<usize, LoadError> {
     let file = w.file();
-    let fc = file.require_tensor(names.fc)?;
-    let n_in = fc.n_cols() as usize;
-    let declared = match w.metadata().u32(&w.key("target_hidden_size"))? {
-        Some(n) => Some(n as usize),
-        None => w.metadata().u32(&w.key("dflash.n_target_features"))?.map(|n| n as usize / n_taps),
-    };
+    let n_in = file.require_tensor(names.fc)?.n_cols() as usize;
+    let declared = own(w, "target_hidden_size", |meta, key| meta.u32(key))?.map(|n| n as usize);
     let width = declared.unwrap_or(n_in / n_taps);
     if width * n_taps != n_in {
-        return Err(mismatch(
-            file,
-            format!("tensor `{}`, inputs", names.fc),
-            format!("{n_taps} taps of {width} values"),
-            n_in,
-            "",
-        ));
+        let what = format!("tensor `{}`, inputs", names.fc);
+        return Err(mismatch(file, what, format!("{n_taps} taps of {width} values"), n_in, CONTRADICTS));
+    }
+    if let Some(n) = own(w, "n_target_features", |meta, key| meta.u32(key))?.filter(|&n| n as usize != n_in) {
+        let expected = format!("{n_in}, the inputs of `{}`", names.fc);
+        return Err(mismatch(file, "n_target_features", expected, n, CONTRADICTS));
     }
     if width != target.n_embd {
-        return Err(mismatch(
-            file,
-            "width of the target's hidden states",
-            format!("{}, the target's", target.n_embd),
-            width,
-            "; this drafter was made for another target",
-        ));
+        let expected = format!("{}, the target's", target.n_embd);
+        return Err(mismatch(file, "width of the target's hidden states", expected, width, OTHER_TARGET));
     }
     Ok(width)
 }
 
 fn block_size(w: &Weights) -> Result<usize, LoadError> {
-    let meta = w.metadata();
-    let found = first_some([
-        meta.u32(&w.key("block_size"))?,
-        meta.u32(&w.key("dflash.block_size"))?,
-        meta.u32("dflash.block_size")?,
-    ]);
-    match found {
+    match own(w, "block_size", |meta, key| meta.u32(key))? {
         Some(n) if (2..=64).contains(&n) => Ok(n as usize),
-        Some(n) => Err(mismatch(w.file(), "block_size", "2 to 64", n, "")),
-        None => Err(mismatch(w.file(), "block_size", "a number", "no such key", "")),
+        Some(n) => Err(mismatch(w.file(), "block_size", "2 to 64", n, RECONVERT)),
+        None => Err(mismatch(w.file(), "block_size", "2 to 64", "no such key", RECONVERT)),
     }
 }
 
 /// Never falls back to a number: a wrong mask token drafts rubbish without an error.
 fn mask_token(w: &Weights, n_vocab: usize) -> Result<Token, LoadError> {
-    let meta = w.metadata();
-    let found = first_some([
-        meta.u32(&w.key("mask_token_id"))?,
-        meta.u32(&w.key("dflash.mask_token_id"))?,
-        meta.u32("dflash.mask_token_id")?,
-        meta.u32("tokenizer.ggml.mask_token_id")?,
-    ]);
+    let found = match own(w, "mask_token_id", |meta, key| meta.u32(key))? {
+        Some(id) => Some(id),
+        None => w.metadata().u32("tokenizer.ggml.mask_token_id")?,
+    };
+    let expected = format!("a token of the target's {n_vocab}");
     match found {
         Some(id) if (id as usize) < n_vocab => Ok(id),
-        Some(id) => Err(mismatch(
-            w.file(),
-            "mask token",
-            format!("a token of the target's {n_vocab}"),
-            id,
-            "; this drafter was made for another target",
-        )),
-        None => Err(mismatch(
-            w.file(),
-            "mask token",
-            "mask_token_id or tokenizer.ggml.mask_token_id",
-            "neither",
-            "",
-        )),
+        Some(id) => Err(mismatch(w.file(), "mask token", expected, id, OTHER_TARGET)),
+        None => {
+            let none = "neither mask_token_id nor tokenizer.ggml.mask_token_id";
+            Err(mismatch(w.file(), "mask token", expected, none, RECONVERT))
+        }
     }
 }
 
 /// Which rows see what. A flag for all layers counts only in the dialect whose writer means it; then sliding
 /// layers are causal inside the block and full ones are not.
-fn layer_masks(w: &Weights, arch: &str, n_layer: usize) -> Result<Vec<LayerMask>, LoadError> {
+fn layer_masks(w: &Weights, arch: &str, names: &Names, n_layer: usize) -> Result<Vec<LayerMask>, LoadError> {
     let meta = w.metadata();
     let window = meta.u32(&w.key("attention.sliding_window"))?.filter(|&n| n > 0).map(|n| n as usize);
     let key = w.key("attention.sliding_window_pattern");
     let pattern = match meta.bool_array(&key)? {
-        Some(pattern) if pattern.len() < n_layer => {
-            return Err(mismatch(w.file(), key, format!("one value for each of {n_layer} layers"), pattern.len(), ""));
+        Some(pattern) if pattern.len() != n_layer => {
+            let expected = format!("one value for each of {n_layer} layers");
+            return Err(mismatch(w.file(), key, expected, pattern.len(), RECONVERT));
         }
         Some(pattern) => pattern,
         None => vec![window.is_some(); n_layer],
     };
-    if window.is_none() && pattern[..n_layer].contains(&true) {
-        return Err(mismatch(w.file(), w.key("attention.sliding_window"), "a window for the sliding layers", "none", ""));
+    if window.is_none() && pattern.contains(&true) {
+        let key = w.key("attention.sliding_window");
+        return Err(mismatch(w.file(), key, "a window for the sliding layers", "none", RECONVERT));
     }
-    let causal = match arch {
-        "dflash" => meta.bool("dflash.attention.causal")?,
+    // Others write `false` whatever the checkpoint says.
+    let causal = match (arch, names.label) {
+        ("dflash", "fc") => meta.bool(&w.key("attention.causal"))?,
         _ => None,
     };
-    Ok(pattern[..n_layer]
+    Ok(pattern
         .iter()
         .map(|&sliding| LayerMask {
             block: if causal.unwrap_or(sliding) { BlockMask::Causal } else { BlockMask::Full },
@@ -450,16 +548,46 @@ fn layer_masks(w: &Weights, arch: &str, n_layer: usize) -> Result<Vec<LayerMask>
 /// `d2t`, one 64-bit target token for each drafter token.
 fn vocabulary_map(file: &Gguf, n_vocab: usize) -> Result<Option<Vec<Token>>, LoadError> {
     let Some(tensor) = file.tensor("d2t") else { return Ok(None) };
-    if tensor.ty != paceline_gguf::GgmlType::I64 {
-        return Err(mismatch(file, "tensor `d2t`", "type i64", tensor.ty, ""));
+    if tensor.ty != GgmlType::I64 {
+        return Err(mismatch(file, "tensor `d2t`", "type i64", tensor.ty, RECONVERT));
     }
+    let mut seen = vec![false; n_vocab];
     let (ids, _) = file.data(tensor).as_chunks::<8>();
-    let ids: Option<Vec<Token>> = ids
-        .iter()
-        .map(|bytes| Token::try_from(i64::from_le_bytes(*bytes)).ok().filter(|&t| (t as usize) < n_vocab))
-        .collect();
-    match ids {
-        Some(ids) => Ok(Some(ids)),
-        None => Err(mismatch(file, "tensor `d2t`", format!("tokens below {n_vocab}"), "others", "")),
+    let ids = ids.iter().map(|bytes| i64::from_le_bytes(*bytes));
+    let mut once = |id: i64| {
+        let seen = seen.get_mut(usize::try_from(id).ok()?)?;
+        (!std::mem::replace(seen, true)).then_some(id as Token)
+    };
+    match ids.clone().map(&mut once).collect() {
+        Some(tokens) => Ok(Some(tokens)),
+        None => {
+            let expected = format!("tokens below {n_vocab}, each once");
+            let found = format!(
+                "{} from {} to {}",
+                ids.len(),
+                ids.clone().min().unwrap_or(0),
+                ids.max().unwrap_or(0)
+            );
+            Err(mismatch(file, "tensor `d2t`", expected, found, OTHER_TARGET))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Taps of published drafters, which were trained with the formula.
+    #[test]
+    fn spread_taps_are_the_published_ones() {
+        let check =
+            |n_layer, taps: &[usize]| assert_eq!(spread(taps.len(), n_layer), taps, "{n_layer} layers");
+        check(36, &[1, 9, 17, 25, 33]);
+        check(40, &[1, 10, 19, 28, 37]);
+        check(60, &[1, 12, 23, 35, 46, 57]);
+        check(64, &[1, 16, 31, 46, 61]);
+        check(7, &[1, 2, 4]); // 2.5 goes to the even one
+        check(7, &[3]);
+        check(7, &[]);
     }
 }

@@ -30,7 +30,7 @@ use paceline_models::{
 };
 
 use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError};
-use dialect::{ARCHS, Contract, TargetFacts, mismatch};
+use dialect::{ARCHS, Contract, TargetFacts};
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
@@ -74,7 +74,11 @@ struct Layer {
 }
 
 impl Network {
-    fn load(w: &Weights, contract: &Contract, target: paceline_models::SharedWeights) -> Result<Network, LoadError> {
+    fn load(
+        w: &Weights,
+        contract: &Contract,
+        target: paceline_models::SharedWeights,
+    ) -> Result<Network, LoadError> {
         let hp = &contract.hparams;
         let n_embd = hp.n_embd;
         let layers = contract
@@ -111,7 +115,11 @@ impl Network {
             .collect::<Result<Vec<_>, LoadError>>()?;
         let embd = |name| w.matrix_opt(name, [n_embd, hp.n_vocab], "n_embd, n_vocab");
         Ok(Network {
-            fc: w.matrix(contract.fc, [contract.taps.len() * contract.n_embd_target, n_embd], "taps·n_embd, n_embd")?,
+            fc: w.matrix(
+                contract.fc,
+                [contract.taps.len() * contract.n_embd_target, n_embd],
+                "taps·n_embd, n_embd",
+            )?,
             hidden_norm: w.vector(contract.hidden_norm, n_embd, "n_embd")?,
             layers,
             output_norm: w.vector("output_norm.weight", n_embd, "n_embd")?,
@@ -158,13 +166,11 @@ impl Network {
 impl Dflash {
     fn load(request: &LoadDrafter<'_>) -> Result<Dflash, LoadError> {
         let arch = request.file.metadata().require_str("general.architecture")?;
-        let w = Weights::new(request.file.clone(), request.backend.clone(), arch);
+        let prefix = dialect::key_prefix(&request.file, arch);
+        let w = Weights::new(request.file.clone(), request.backend.clone(), prefix);
         let hp = request.target.hparams();
         let facts = TargetFacts { n_layer: hp.n_layer, n_embd: hp.n_embd, n_vocab: hp.n_vocab };
         let contract = Contract::read(&w, arch, &facts)?;
-        if contract.d2t.is_some() && !contract.own_head {
-            return Err(mismatch(&request.file, "d2t", "a head of its own beside it", "no output.weight", ""));
-        }
         let network = Network::load(&w, &contract, request.target.shared())?;
         let decls: Vec<_> = contract
             .layers
@@ -277,7 +283,8 @@ impl Drafter for Dflash {
             outputs.extend((first + 1) as u32..(first + 1 + n_draft) as u32);
             lanes.push(self.memory.lane(own, first));
         }
-        let step = Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
+        let step =
+            Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
         self.fill.run(&step, &mut self.out);
         for (&(i, own), (first_output, n_draft)) in ready.iter().zip(wanted) {
             // The block's rows are tentative and stay so.
@@ -294,7 +301,9 @@ impl Drafter for Dflash {
             assert_eq!(rows.taps.len(), rows.tokens.len() * width, "taps of {} rows", rows.tokens.len());
             let own = match self.sequences.get(&rows.seq) {
                 Some(&own) => own,
-                None if rows.first_position == 0 => *self.sequences.entry(rows.seq).or_insert(self.memory.create()),
+                None if rows.first_position == 0 => {
+                    *self.sequences.entry(rows.seq).or_insert(self.memory.create())
+                }
                 // Forgotten for want of room: the next draft request says so.
                 None => continue,
             };
@@ -307,7 +316,8 @@ impl Drafter for Dflash {
         if moved.is_empty() {
             return;
         }
-        let (mut inputs, mut positions, mut lanes) = (Vec::new(), Vec::new(), Vec::with_capacity(moved.len()));
+        let (mut inputs, mut positions, mut lanes) =
+            (Vec::new(), Vec::new(), Vec::with_capacity(moved.len()));
         for (rows, own) in &moved {
             lanes.push(self.memory.lane(*own, positions.len()));
             inputs.extend_from_slice(rows.taps);
@@ -330,3 +340,6 @@ impl Drafter for Dflash {
         self.memory.usage().bytes
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,208 @@
+//! The two plans against the goldens, run as the drafter would never run them: the fused context itself, positions
+//! that were shifted, and norms or scales applied once too often.
+
+use std::sync::OnceLock;
+
+use paceline_backend::{KvType, States, cpu::CpuBackend};
+use paceline_convert::{ConvertOptions, convert};
+use paceline_gguf::Gguf;
+use paceline_memory::Memory;
+use paceline_models::{Model, SharedWeights};
+use paceline_testkit::{Golden, goldens_dir, max_difference};
+
+use super::*;
+use crate::Token;
+
+/// The goldens' tolerance.
+const TOLERANCE: f32 = 5e-4;
+/// What a mistake moves at least: forty times that.
+const RED: f32 = 2e-2;
+
+struct Bench {
+    backend: Arc<dyn paceline_backend::Backend>,
+    /// Kept for the weights that the network shares.
+    _target: Box<dyn Model>,
+    contract: Contract,
+    network: Network,
+    /// The same, its embedding scaled twice over.
+    scaled: Network,
+    golden: Golden,
+}
+
+fn bench() -> &'static Bench {
+    static BENCH: OnceLock<Bench> = OnceLock::new();
+    BENCH.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, target_dir| {
+            let out = dir.path().join(format!("{name}.gguf"));
+            convert(
+                &ConvertOptions { target_dir, ..ConvertOptions::new(goldens_dir().join(name), &out) },
+                |_| {},
+            )
+            .unwrap();
+            Arc::new(Gguf::from_bytes(name, std::fs::read(&out).unwrap()).unwrap())
+        };
+        let backend: Arc<dyn paceline_backend::Backend> = Arc::new(CpuBackend::new(1).unwrap());
+        let target = paceline_models::load(&file("qwen35", None), &backend).unwrap();
+        let w = Weights::new(file("dflash", Some(goldens_dir().join("qwen35"))), backend.clone(), "dflash");
+        let hp = target.hparams();
+        let facts = TargetFacts { n_layer: hp.n_layer, n_embd: hp.n_embd, n_vocab: hp.n_vocab };
+        let contract = Contract::read(&w, "dflash", &facts).unwrap();
+        let shared = target.shared();
+        let network = Network::load(&w, &contract, shared).unwrap();
+        let shared = SharedWeights { embd_scale: 2.0 * shared.embd_scale, ..shared };
+        let scaled = Network::load(&w, &contract, shared).unwrap();
+        Bench { backend, _target: target, contract, network, scaled, golden: Golden::open("dflash") }
+    })
+}
+
+/// What is done otherwise than the drafter does it.
+#[derive(Clone, Copy, Default)]
+struct Change {
+    shift_context: u32,
+    shift_block: u32,
+    input_norm_on_context: bool,
+    scale_twice: bool,
+}
+
+impl Bench {
+    fn n_features(&self) -> usize {
+        self.contract.taps.len() * self.contract.n_embd_target
+    }
+
+    fn states(&self) -> Arc<dyn States> {
+        let (n_head, head_dim) = (self.contract.hparams.n_head_kv, self.contract.hparams.head_dim);
+        let decls = vec![paceline_backend::StateDecl::Kv { n_head, head_dim }; self.contract.layers.len()];
+        let config = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+        self.backend.alloc_states(&decls, config).unwrap()
+    }
+
+    fn record_absorb(&self, change: Change) -> Plan {
+        if !change.input_norm_on_context {
+            return self.network.record_absorb(self.n_features());
+        }
+        let mut p = PlanBuilder::new(&[]);
+        let features = p.input(self.n_features());
+        let ctx = p.matmul(features, &self.network.fc);
+        let ctx = p.rms_norm(ctx, &self.network.hidden_norm, self.network.eps);
+        for layer in &self.network.layers {
+            let ctx = p.rms_norm(ctx, &layer.attn_norm, self.network.eps);
+            layer.attention.append_only(&mut p, ctx);
+        }
+        p.finish(None)
+    }
+
+    fn run(&self, plan: Plan, states: &Arc<dyn States>, step: &Step<'_>) -> Vec<f32> {
+        let mut out = StepOut::default();
+        self.backend.compile(Arc::new(plan), states).unwrap().run(step, &mut out);
+        out.output
+    }
+
+    /// Logits of rows 1.. of the block behind `n` rows of context.
+    fn logits(&self, n: usize, anchor: Token, change: Change) -> Vec<f32> {
+        let states = self.states();
+        let mut memory = Memory::new(states.clone(), 4096);
+        let seq = memory.create();
+        let features = self.golden.f32("features");
+        memory.prepare(seq, n, n).unwrap();
+        let positions: Vec<u32> = (change.shift_context..).take(n).collect();
+        let lanes = [memory.lane(seq, 0)];
+        let inputs = &features[..n * self.n_features()];
+        let step = Step { tokens: &[], inputs, positions: &positions, lanes: &lanes, outputs: &[] };
+        self.run(self.record_absorb(change), &states, &step);
+        memory.commit(seq, n);
+
+        let n_block = self.contract.n_block;
+        memory.prepare(seq, n_block, 0).unwrap();
+        let mut tokens = vec![self.contract.mask; n_block];
+        tokens[0] = anchor;
+        let positions: Vec<u32> = (n as u32 + change.shift_block..).take(n_block).collect();
+        let outputs: Vec<u32> = (1..n_block as u32).collect();
+        let lanes = [memory.lane(seq, 0)];
+        let step =
+            Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
+        let network = if change.scale_twice { &self.scaled } else { &self.network };
+        self.run(network.record_fill(), &states, &step)
+    }
+
+    /// The largest difference from the reference at each point with a whole block.
+    fn differences(&self, change: Change) -> Vec<f32> {
+        let n_block = self.contract.n_block;
+        let points = self.golden.i32("points");
+        let whole = points.chunks(3).enumerate().filter(|(_, p)| p[2] as usize == n_block);
+        whole
+            .map(|(p, point)| {
+                let got = self.logits(point[0] as usize, point[1] as Token, change);
+                let want = self.golden.f32(&format!("point.{p}.logits"));
+                let row = want.len() / n_block;
+                max_difference(&got, &want[row..], row).abs()
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn fused_context_is_the_references() {
+    let bench = bench();
+    let (want, width) = (bench.golden.f32("ctx"), bench.golden.shape("ctx")[1]);
+    let n = want.len() / width;
+    let fused = |norm: fn(&mut PlanBuilder<'_>, &Network, paceline_backend::Buf) -> paceline_backend::Buf| {
+        let mut p = PlanBuilder::new(&[]);
+        let features = p.input(bench.n_features());
+        let ctx = p.matmul(features, &bench.network.fc);
+        let ctx = norm(&mut p, &bench.network, ctx);
+        let ctx = p.select_outputs(ctx);
+        let plan = p.finish(Some(ctx));
+        let states = bench.states();
+        let mut memory = Memory::new(states.clone(), 4096);
+        let seq = memory.create();
+        memory.prepare(seq, n, n).unwrap();
+        let rows: Vec<u32> = (0..n as u32).collect();
+        let inputs = bench.golden.f32("features");
+        let lanes = [memory.lane(seq, 0)];
+        let step = Step { tokens: &[], inputs: &inputs, positions: &rows, lanes: &lanes, outputs: &rows };
+        max_difference(&bench.run(plan, &states, &step), &want, width).abs()
+    };
+    let once = fused(|p, net, ctx| p.rms_norm(ctx, &net.hidden_norm, net.eps));
+    let never = fused(|_, _, ctx| ctx);
+    let twice = fused(|p, net, ctx| {
+        let ctx = p.rms_norm(ctx, &net.hidden_norm, net.eps);
+        p.rms_norm(ctx, &net.hidden_norm, net.eps)
+    });
+    assert!(once < 1e-4, "{once}");
+    assert!(never > RED && twice > RED, "{never} {twice}");
+}
+
+/// Largest differences from the reference, the least and the greatest over the points.
+fn check(change: Change, is_right: impl Fn(f32, f32) -> bool) {
+    let all = bench().differences(change);
+    let (least, greatest) = all.iter().fold((f32::MAX, 0f32), |(a, b), &x| (a.min(x), b.max(x)));
+    assert!(all.len() >= 5 && is_right(least, greatest), "{all:?}");
+}
+
+#[test]
+fn shifting_all_positions_changes_nothing() {
+    check(Change::default(), |_, greatest| greatest < TOLERANCE);
+    for shift in [1, 100, 5000] {
+        // An angle in f32 is the less exact the larger it is: the tolerance grows with the shift.
+        let tolerance = TOLERANCE + shift as f32 * 1e-6;
+        let change = Change { shift_context: shift, shift_block: shift, ..Change::default() };
+        check(change, |_, greatest| greatest < tolerance);
+    }
+}
+
+#[test]
+fn shifting_the_block_alone_is_seen() {
+    check(Change { shift_block: 1, ..Change::default() }, |least, _| least > RED);
+    check(Change { shift_context: 1, ..Change::default() }, |least, _| least > RED);
+}
+
+#[test]
+fn context_that_passes_the_layers_own_norm_is_seen() {
+    check(Change { input_norm_on_context: true, ..Change::default() }, |least, _| least > RED);
+}
+
+#[test]
+fn an_embedding_scaled_twice_is_seen() {
+    check(Change { scale_twice: true, ..Change::default() }, |least, _| least > RED);
+}

@@ -1,0 +1,95 @@
+//! Many sequences, any order of events: what a sequence drafts depends on its own rows alone.
+
+use std::collections::HashMap;
+
+use paceline_spec::{Draft, Kept, SeqId};
+use paceline_testkit::{Rng, Seeded};
+
+use crate::rig::{BLOCK, N_VOCAB, Parts, Rig, draft};
+
+/// A sequence of the run: it holds rows `offset..offset + n` of the golden, from position 0.
+#[derive(Clone, Copy)]
+struct Live {
+    seq: SeqId,
+    offset: usize,
+    n: usize,
+}
+
+fn feed(rig: &mut Rig, moved: &[(Live, usize)]) {
+    let kept: Vec<Kept<'_>> = moved
+        .iter()
+        .map(|(live, n_new)| {
+            let rows = live.offset + live.n..live.offset + live.n + n_new;
+            let taps = &rig.features[rows.start * rig.width..rows.end * rig.width];
+            Kept { seq: live.seq, first_position: live.n, tokens: &rig.tokens[rows], taps }
+        })
+        .collect();
+    rig.drafter.commit(&kept);
+}
+
+/// What a drafter that has done nothing else says behind the same rows.
+fn fresh(parts: &Parts, live: Live, anchor: u32) -> Draft {
+    let mut rig = Rig::of("dflash", parts);
+    let seq = rig.ids.create();
+    feed(&mut rig, &[(Live { seq, n: 0, ..live }, live.n)]);
+    draft(&mut *rig.drafter, &[(seq, live.n, anchor)], BLOCK - 1, N_VOCAB).remove(0)
+}
+
+#[test]
+fn any_history_drafts_as_a_fresh_drafter() {
+    let parts = Parts::golden("dflash");
+    let mut known: HashMap<(usize, usize, u32), Draft> = HashMap::new();
+    let (mut n_drafts, mut n_forgotten) = (0, 0);
+    for seed in 0..12 {
+        let _seeded = Seeded::new("histories", seed);
+        let mut rng = Rng::new(seed);
+        let mut rig = Rig::of("dflash", &parts);
+        let mut all: Vec<Live> = Vec::new();
+        for _ in 0..40 {
+            match rng.range(0..10) {
+                0..2 if all.len() < 6 => {
+                    let live = Live { seq: rig.ids.create(), offset: 5 * rng.range(0..4), n: 0 };
+                    let n_new = 1 + 6 * rng.range(0..5);
+                    feed(&mut rig, &[(live, n_new)]);
+                    all.push(Live { n: n_new, ..live });
+                }
+                2 if !all.is_empty() => {
+                    let gone = all.swap_remove(rng.range(0..all.len()));
+                    rig.drafter.forget(gone.seq);
+                    n_forgotten += 1;
+                }
+                3..6 => {
+                    // As after a verification: one step, some of the sequences, some rows each.
+                    let mut moved = Vec::new();
+                    for live in &mut all {
+                        let n_new = rng.range(0..8).min(60 - live.offset - live.n);
+                        if n_new > 0 {
+                            moved.push((*live, n_new));
+                            live.n += n_new;
+                        }
+                    }
+                    feed(&mut rig, &moved);
+                }
+                _ => {
+                    let anchor = *rng.pick(&[3u32, 77, 109]);
+                    let n_max = rng.range(1..BLOCK + 2);
+                    let asked: Vec<Live> = all.iter().copied().filter(|_| rng.chance(0.7)).collect();
+                    let requests: Vec<_> = asked.iter().map(|l| (l.seq, l.n, anchor)).collect();
+                    let drafts = draft(&mut *rig.drafter, &requests, n_max, N_VOCAB);
+                    for (live, got) in asked.iter().zip(drafts) {
+                        let want = known
+                            .entry((live.offset, live.n, anchor))
+                            .or_insert_with(|| fresh(&parts, *live, anchor));
+                        let n = n_max.min(BLOCK - 1);
+                        assert_eq!((&got.tokens[..], &got.q[..]), (&want.tokens[..n], &want.q[..n]));
+                        n_drafts += 1;
+                    }
+                }
+            }
+        }
+        assert_eq!(rig.drafter.state_bytes() > 0, !all.is_empty());
+        all.iter().for_each(|live| rig.drafter.forget(live.seq));
+        assert_eq!(rig.drafter.state_bytes(), 0);
+    }
+    assert!(n_drafts > 300 && n_forgotten > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
+}
