@@ -139,13 +139,11 @@ mod tests {
 
     use super::*;
 
-    fn check<T: std::fmt::Debug>(
+    fn check<T: std::fmt::Debug + PartialEq>(
         body: Value,
         get: impl Fn(Fields<'_>) -> Result<T, ApiError>,
         expected: Result<T, &str>,
-    ) where
-        T: PartialEq,
-    {
+    ) {
         let got = Fields::of_body(&body).and_then(get);
         let got = got.map_err(|e| e.body()["error"]["message"].as_str().unwrap_or_default().to_owned());
         assert_eq!(got, expected.map_err(str::to_owned));

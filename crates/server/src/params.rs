@@ -74,8 +74,11 @@ const INTEGERS: &[(&str, IntegerField)] = &[
     ("mirostat", |p| &mut p.mirostat),
 ];
 
-/// Fields of features that are not there yet, and whether a value asks for nothing.
-const LATER: &[(&str, fn(&Value) -> bool, &str)] = &[
+/// Whether a value asks for nothing.
+type AsksNothing = fn(&Value) -> bool;
+
+/// Fields of features that are not there yet.
+const LATER: &[(&str, AsksNothing, &str)] = &[
     ("grammar", is_empty, "grammars"),
     ("json_schema", is_empty, "answers that follow a JSON schema"),
     ("lora", is_empty, "LoRA adapters"),

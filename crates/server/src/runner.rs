@@ -28,7 +28,7 @@ use std::{
 
 use paceline_engine::{
     Counters, Engine, EngineConfig, Event, Finish, Phase, Request, RequestError, RequestId, SlotStatus,
-    Stats, Step, SubmitError, TokenOut,
+    SpeculationNote, Stats, Step, SubmitError, TokenOut,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -132,10 +132,20 @@ pub(crate) struct DrafterStatus {
     pub state_bytes: usize,
 }
 
+/// A slot as status pages show it.
+#[derive(Clone, Debug)]
+pub(crate) struct SlotLook {
+    pub status: SlotStatus,
+    /// Prompt tokens that a cache had.
+    pub n_cached: usize,
+    /// The settings of its request.
+    pub settings: Option<Arc<Value>>,
+}
+
 /// Everything that status pages show.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct EngineStatus {
-    pub slots: Vec<(SlotStatus, Option<Arc<Value>>)>,
+    pub slots: Vec<SlotLook>,
     pub n_waiting: usize,
     pub counters: Counters,
     pub totals: Totals,
@@ -471,11 +481,13 @@ impl Thread {
             Event::Done { text, finish, stats, .. } => {
                 let mut timings = flight.timings();
                 (timings.draft_n, timings.draft_n_accepted) = (stats.n_draft, stats.n_accepted);
+                log_done(id, &stats, &timings);
                 flight.send(Progress::Done { text, ending: Ending::Finished(finish), stats, timings });
                 self.totals.n_done += 1;
                 self.flights.remove(&id);
             }
             Event::Failed { error, .. } => {
+                tracing::warn!(request = id.0, %error, "request failed");
                 flight.send(Progress::Failed(Failure::Engine(error)));
                 self.totals.n_failed += 1;
                 self.flights.remove(&id);
@@ -500,6 +512,7 @@ impl Thread {
             .into_iter()
             .filter_map(|slot| Some((slot.request?, slot.n_draft)))
             .collect();
+        let has_drafter = self.engine.as_ref().is_some_and(|engine| engine.drafter().is_some());
         let ids: Vec<RequestId> = self.flights.keys().copied().collect();
         for id in ids {
             let Some(flight) = self.flights.get(&id) else { continue };
@@ -515,6 +528,7 @@ impl Thread {
                 n_predicted: flight.n_predicted,
                 n_draft: timings.draft_n,
                 n_accepted: timings.draft_n_accepted,
+                speculation: if has_drafter { SpeculationNote::Active } else { SpeculationNote::NoDrafter },
                 ..Stats::default()
             };
             self.end(id, Progress::Done { text: String::new(), ending: Ending::ShutDown, stats, timings });
@@ -580,9 +594,15 @@ impl Thread {
         if let Some(engine) = &self.engine {
             add(&mut status.counters, engine.counters());
             status.n_waiting = engine.n_waiting();
-            let settings = |slot: &SlotStatus| Some(self.flights.get(&slot.request?)?.settings.clone());
-            status.slots =
-                engine.slots().into_iter().map(|slot| (settings(&slot), slot)).map(|(a, b)| (b, a)).collect();
+            let look = |status: SlotStatus| {
+                let flight = status.request.and_then(|id| self.flights.get(&id));
+                SlotLook {
+                    n_cached: flight.map_or(0, |f| f.n_cached),
+                    settings: flight.map(|f| f.settings.clone()),
+                    status,
+                }
+            };
+            status.slots = engine.slots().into_iter().map(look).collect();
             let usage = engine.usage();
             (status.memory_bytes, status.n_page, status.n_page_max) =
                 (usage.bytes, usage.n_page, usage.n_page_max);
@@ -597,8 +617,32 @@ impl Thread {
 impl EngineStatus {
     /// Slots that serve a request.
     pub fn n_busy(&self) -> usize {
-        self.slots.iter().filter(|(slot, _)| slot.phase != Phase::Idle).count()
+        self.slots.iter().filter(|slot| slot.status.phase != Phase::Idle).count()
     }
+}
+
+/// One line per answer; a drafter that is loaded but of no use is worth a warning.
+fn log_done(id: RequestId, stats: &Stats, timings: &Timings) {
+    match &stats.speculation {
+        SpeculationNote::Faulted(reason) => {
+            tracing::warn!(request = id.0, %reason, "the drafter's output was unusable: this request went on without");
+        }
+        SpeculationNote::Useless => {
+            tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
+        }
+        _ => {}
+    }
+    tracing::info!(
+        request = id.0,
+        n_prompt = stats.n_prompt,
+        n_cached = stats.n_cached,
+        n_predicted = stats.n_predicted,
+        prompt_ms = timings.prompt_ms,
+        predicted_ms = timings.predicted_ms,
+        n_draft = stats.n_draft,
+        n_accepted = stats.n_accepted,
+        "answered"
+    );
 }
 
 fn set_unless_stopping(health: &mut Health, new: Health) -> bool {

@@ -156,7 +156,8 @@ pub(crate) async fn slots(
     if must_be_free && status.n_busy() == status.slots.len() {
         return Err(ApiError::unavailable("no slot available", 1));
     }
-    let slots = status.slots.iter().map(|(slot, settings)| {
+    let slots = status.slots.iter().map(|look| {
+        let slot = &look.status;
         let mut object = Map::new();
         object.insert("id".into(), slot.id.into());
         object.insert("n_ctx".into(), app.runner.config.n_ctx.into());
@@ -166,8 +167,8 @@ pub(crate) async fn slots(
             object.insert("id_task".into(), request.0.into());
             object.insert("n_prompt_tokens".into(), slot.n_prompt.into());
             object.insert("n_prompt_tokens_processed".into(), slot.n_prompt_computed.into());
-            object.insert("n_prompt_tokens_cache".into(), 0.into());
-            object.insert("params".into(), settings.as_deref().cloned().unwrap_or_default());
+            object.insert("n_prompt_tokens_cache".into(), look.n_cached.into());
+            object.insert("params".into(), look.settings.as_deref().cloned().unwrap_or_default());
             let n_remain = slot.n_remaining.map_or(-1, |n| n as i64);
             object.insert(
                 "next_token".into(),

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicUsize;
 
-use paceline_testkit::{Accept, Lie, liar, oracle};
+use paceline_testkit::{Accept, HashKind, HashModel, Lie, liar, oracle};
 use serde_json::{Value, json};
 
 use crate::world::{Setup, World, encode};
@@ -30,7 +30,7 @@ fn a_chat() {
     let reply =
         world.ok("/v1/chat/completions", json!({"messages": user("hi"), "seed": 5, "max_tokens": 40}));
     let alone = world.alone(CHAT_HI, |r| (r.sampling.seed, r.n_predict) = (5, Some(40)));
-    assert_eq!(reply["choices"][0]["message"]["content"], alone.text.trim_start());
+    assert_eq!(reply["choices"][0]["message"]["content"], alone.text);
     assert_eq!(
         keys(&reply),
         [
@@ -305,6 +305,7 @@ fn thoughts_are_told_apart() {
                     <think></think>{% endif %}{% endif %}";
     let n_prompt = std::sync::Arc::new(AtomicUsize::new(0));
     let world = World::start(Setup {
+        model: HashModel::new(7, HashKind::Attention),
         parrot: Some((n_prompt.clone(), "<think>so it is</think>\n\nYes.")),
         template: Some(template),
         ..Setup::default()

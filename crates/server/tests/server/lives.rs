@@ -1,6 +1,7 @@
 //! Clients that leave, queues that fill, engines that break, servers that stop.
 
 use std::{
+    sync::atomic::Ordering,
     thread,
     time::{Duration, Instant},
 };
@@ -91,14 +92,13 @@ fn a_panic_stays_in_its_step() {
     let running = world.open("/completion", &endless(false));
     let mut streaming = world.open("/v1/completions", &endless(true));
     streaming.wait_for("data: ");
-    let waiting: Vec<_> = (0..3)
-        .map(|i| world.open("/completion", &json!({"prompt": "patient", "seed": i, "n_predict": 5})))
-        .collect();
-    world.wait_for("llamacpp:requests_deferred", 3.0);
-    // The poisoned request takes the slot of the stream, so that it shares a step with the other one.
+    // Next in line is the poison, then three that will still be waiting when it is swallowed.
+    let poisoned = world.open("/completion", &json!({ "prompt": POISON }));
+    world.wait_for("llamacpp:requests_deferred", 1.0);
+    let patient = |i| world.open("/completion", &json!({"prompt": "patient", "seed": i, "n_predict": 5}));
+    let waiting: Vec<_> = (0..3).map(patient).collect();
+    world.wait_for("llamacpp:requests_deferred", 4.0);
     drop(streaming);
-    let mut poisoned = world.open("/completion", &json!({ "prompt": POISON }));
-    let _ = &mut poisoned;
     let reply = poisoned.reply();
     let error = &reply.json()["error"];
     assert_eq!((reply.status, &error["type"]), (500, &json!("server_error")));
@@ -113,9 +113,31 @@ fn a_panic_stays_in_its_step() {
             "who waited is not affected"
         );
     }
-    assert_eq!(world.get("/health").json(), json!({"status": "ok"}));
     assert_eq!(world.metric("paceline:engine_restarts_total"), 1.0);
+    assert_eq!(world.get("/health").json(), json!({"status": "ok"}));
     assert_eq!(world.metric("paceline:memory_bytes"), 0.0);
+}
+
+#[test]
+fn an_engine_that_is_gone_is_said_to_be_gone() {
+    let setup = Setup::default();
+    let broken = setup.broken.clone();
+    let world = World::start(setup);
+    broken.store(true, Ordering::Relaxed);
+    assert_eq!(world.post("/completion", json!({ "prompt": POISON })).status, 500);
+    assert_eq!(world.metric("paceline:engine_up"), 0.0);
+    for reply in [world.get("/health"), world.post("/completion", json!({"prompt": "a", "n_predict": 1}))] {
+        let error = reply.json()["error"].clone();
+        assert_eq!((reply.status, &error["type"]), (503, &json!("unavailable_error")));
+        assert!(error["message"].as_str().unwrap().contains("not today"), "{error}");
+    }
+    broken.store(false, Ordering::Relaxed);
+    let patience = Instant::now() + Duration::from_secs(5);
+    while world.post("/completion", json!({"prompt": "a", "n_predict": 1})).status != 200 {
+        assert!(Instant::now() < patience, "it does not come back");
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(world.get("/health").status, 200);
 }
 
 #[test]

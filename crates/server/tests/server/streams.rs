@@ -52,7 +52,7 @@ fn a_chat_stream_is_framed_as_llama_server_frames_it() {
     let delta = |delta: Value| chunk(json!([{"finish_reason": null, "index": 0, "delta": delta}]));
     let mut last = chunk(json!([]));
     last["usage"] = json!({
-        "completion_tokens": 2, "prompt_tokens": 24, "total_tokens": 26, "prompt_tokens_details": {"cached_tokens": 0}
+        "completion_tokens": 2, "prompt_tokens": 21, "total_tokens": 23, "prompt_tokens_details": {"cached_tokens": 0}
     });
     (last["timings"], last["speculative"]) = ("TIMINGS".into(), "SPECULATIVE".into());
     let want = [

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -22,8 +22,8 @@ use tokio::{net::TcpListener, sync::oneshot};
 
 use crate::client::{Connection, Reply};
 
-/// A prompt with this character makes the model panic.
-pub const POISON: &str = "\u{1}";
+/// A prompt with this text makes the model panic.
+pub const POISON: &str = "\u{1}\u{1}\u{1}";
 
 type MakeDrafter = Box<dyn Fn(&HashModel) -> Box<dyn Drafter> + Send>;
 
@@ -36,6 +36,8 @@ pub struct Setup {
     /// The model writes this text and ends, wherever a prompt has the length in `.0`.
     pub parrot: Option<(Arc<AtomicUsize>, &'static str)>,
     pub template: Option<&'static str>,
+    /// No engine can be made while this is true.
+    pub broken: Arc<AtomicBool>,
 }
 
 impl Default for Setup {
@@ -54,6 +56,7 @@ impl Default for Setup {
             server: ServerConfig::default(),
             parrot: None,
             template: None,
+            broken: Arc::default(),
         }
     }
 }
@@ -183,8 +186,11 @@ fn server(setup: Setup) -> Server {
         ftype: "Q8_0".into(),
         vocab_type: "gpt2".into(),
     };
-    let Setup { model: hash, drafter, engine, server, parrot, .. } = setup;
+    let Setup { model: hash, drafter, engine, server, parrot, broken, .. } = setup;
     let make = move || {
+        if broken.load(Ordering::Relaxed) {
+            return Err("not today".into());
+        }
         let (mut target, _) =
             hash.target(StateConfig { page_len: 16, ..StateConfig::default() }, engine.n_slot * engine.n_ctx);
         target.exec = match &parrot {
@@ -203,7 +209,7 @@ struct Fragile(Box<dyn Exec>);
 
 impl Exec for Fragile {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
-        assert!(!step.tokens.contains(&1), "the poison was found");
+        assert!(!step.tokens.windows(3).any(|rows| rows == [1; 3]), "the poison was found");
         self.0.run(step, out);
     }
 }
