@@ -1,7 +1,10 @@
 //! Against the reference: block logits at several points of a sequence, and drafts that do not depend on who else
 //! drafts, how the context arrived, or what was drafted before.
 
-use paceline_spec::Draft;
+use std::sync::Arc;
+
+use paceline_sampling::{Sampler, SamplingParams};
+use paceline_spec::{Draft, DraftRequest};
 
 use crate::rig::{BLOCK, N_VOCAB, Point, Rig, agrees, draft, likeliest};
 
@@ -49,6 +52,40 @@ fn sliding_causal_and_full_layers() {
 #[test]
 fn sliding_layers_that_see_the_whole_block() {
     check("dflash-noncausal");
+}
+
+/// What the target's sampler would draw from the same logits at the same position: common noise is what makes a
+/// sampled draft likely to be kept.
+#[test]
+fn a_sampled_draft_uses_the_noise_of_its_positions() {
+    let mut rig = Rig::new("dflash");
+    let sampler = |seed| {
+        let params = SamplingParams { seed, temperature: 1.0, ..SamplingParams::default() };
+        Sampler::new(params, N_VOCAB, Arc::default()).unwrap()
+    };
+    let (mut n, mut n_same, mut n_shifted) = (0, 0, 0);
+    for point in rig.points() {
+        let (want, seq) = (rig.reference(point), rig.sequence(point.n, 75));
+        for seed in 0..6 {
+            let (mut own, mut other) = (sampler(seed), sampler(seed));
+            let request = DraftRequest {
+                seq,
+                anchor: point.anchor,
+                position: point.n,
+                n_max: BLOCK - 1,
+                sampler: &mut own,
+            };
+            let got = rig.drafter.draft(&mut [request]).remove(0);
+            for (i, row) in want.iter().enumerate() {
+                let mut at = |position: usize| other.propose(position as u64, row).unwrap().token;
+                n += 1;
+                n_same += usize::from(got.tokens[i] == at(point.n + 1 + i));
+                n_shifted += usize::from(got.tokens[i] == at(point.n + i));
+            }
+        }
+    }
+    // One draw may fall between the reference's logits and ours.
+    assert!(n_same + 1 >= n && n_shifted < n / 2, "{n_same} and {n_shifted} of {n}");
 }
 
 #[test]

@@ -195,13 +195,12 @@ impl Target {
     }
 
     pub fn load(&self, file: Arc<Gguf>) -> Result<Box<dyn Drafter>, LoadError> {
-        load(&LoadDrafter {
-            file,
-            backend: &self.backend,
-            target: &*self.model,
-            states: STATES,
-            n_cell_max: 4096,
-        })
+        self.load_with_room(file, 4096)
+    }
+
+    /// A drafter that may hold `n_cell_max` rows over all sequences.
+    pub fn load_with_room(&self, file: Arc<Gguf>, n_cell_max: usize) -> Result<Box<dyn Drafter>, LoadError> {
+        load(&LoadDrafter { file, backend: &self.backend, target: &*self.model, states: STATES, n_cell_max })
     }
 }
 

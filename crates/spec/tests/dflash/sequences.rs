@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use paceline_spec::{Draft, Kept, SeqId};
 use paceline_testkit::{Rng, Seeded};
 
-use crate::rig::{BLOCK, N_VOCAB, Parts, Rig, draft};
+use crate::rig::{BLOCK, N_VOCAB, Parts, Rig, Target, draft};
 
 /// A sequence of the run: it holds rows `offset..offset + n` of the golden, from position 0.
 #[derive(Clone, Copy)]
@@ -92,4 +92,53 @@ fn any_history_drafts_as_a_fresh_drafter() {
         assert_eq!(rig.drafter.state_bytes(), 0);
     }
     assert!(n_drafts > 300 && n_forgotten > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
+}
+
+#[test]
+fn without_room_a_sequence_is_forgotten_and_says_so() {
+    let parts = Parts::golden("dflash");
+    let want = Rig::of("dflash", &parts).draft_at(40, 29);
+    let mut rig = Rig::with("dflash", Target::golden().load_with_room(parts.file(), 64).unwrap());
+    // Four pages of 16, and every one has rows.
+    let (a, b) = (rig.sequence(40, 75), rig.sequence(9, 75));
+    assert_eq!(draft(&mut *rig.drafter, &[(a, 40, 29), (b, 9, 5)], BLOCK - 1, N_VOCAB)[0], want);
+    rig.commit(b, 9, 30);
+    let drafts = draft(&mut *rig.drafter, &[(a, 40, 29), (b, 30, 5)], BLOCK - 1, N_VOCAB);
+    assert_eq!(drafts[0], want);
+    assert_eq!(drafts[1].fault.as_deref(), Some("it has no memory of this sequence"));
+    // What comes later doesn't bring it back with a hole.
+    rig.commit(b, 30, 32);
+    let late = draft(&mut *rig.drafter, &[(b, 32, 5)], BLOCK - 1, N_VOCAB).remove(0);
+    assert_eq!(late.fault.as_deref(), Some("it has no memory of this sequence"));
+    // Room for the rows and none for a block: no draft, and nothing wrong.
+    rig.commit(a, 40, 62);
+    let full = draft(&mut *rig.drafter, &[(a, 62, 5)], BLOCK - 1, N_VOCAB).remove(0);
+    assert_eq!((full.tokens.len(), full.fault), (0, None));
+    rig.drafter.forget(a);
+    assert_eq!(rig.drafter.state_bytes(), 0);
+}
+
+#[test]
+fn features_that_are_not_finite_harm_their_sequence_alone() {
+    let mut rig = Rig::new("dflash");
+    let want = rig.draft_at(40, 29);
+    let (good, bad) = (rig.sequence(40, 75), rig.sequence(20, 75));
+    let taps = vec![f32::NAN; rig.width];
+    rig.drafter.commit(&[Kept { seq: bad, first_position: 20, tokens: &[1], taps: &taps }]);
+    for order in [[(good, 40, 29), (bad, 21, 3)], [(bad, 21, 3), (good, 40, 29)]] {
+        for ((seq, ..), got) in order.iter().zip(draft(&mut *rig.drafter, &order, BLOCK - 1, N_VOCAB)) {
+            if *seq == good {
+                assert_eq!(got, want);
+            } else {
+                let fault = got.fault.expect("its logits are not finite");
+                assert!(
+                    got.tokens.is_empty() && fault.starts_with("row 1 of its block can't be sampled"),
+                    "{fault}"
+                );
+            }
+        }
+    }
+    // The pages that it leaves behind harm nobody.
+    rig.drafter.forget(bad);
+    assert_eq!(rig.draft_at(40, 29), want);
 }
