@@ -150,6 +150,7 @@ fn progress_of_a_long_prompt_is_reported() {
 fn what_fails_before_the_first_byte_has_a_status() {
     let mut setup = Setup::default();
     setup.model.nan_token = Some(u32::from(b'q'));
+    setup.model.delay = Duration::from_millis(10);
     let world = World::start(setup);
     for stream in [false, true] {
         let reply = world.post("/completion", json!({"prompt": "q", "stream": stream}));
