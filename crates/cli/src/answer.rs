@@ -166,9 +166,11 @@ pub fn answer_all(
                     answer.tokens.extend(tokens);
                     match go_on {
                         Ok(true) => {}
-                        Ok(false) => drop(engine.cancel(request)),
+                        Ok(false) => {
+                            engine.cancel(request);
+                        }
                         Err(error) => {
-                            ids.iter().for_each(|&id| drop(engine.cancel(id)));
+                            cancel_all(engine, &ids);
                             return Err(error);
                         }
                     }
@@ -181,7 +183,7 @@ pub fn answer_all(
                     answers[i].stats = stats;
                 }
                 Event::Failed { error, .. } => {
-                    ids.iter().for_each(|&id| drop(engine.cancel(id)));
+                    cancel_all(engine, &ids);
                     bail!("the request failed: {error}");
                 }
                 Event::Started { .. } | Event::Prefill { .. } => {}
@@ -189,4 +191,10 @@ pub fn answer_all(
         }
     }
     Ok(answers)
+}
+
+fn cancel_all(engine: &mut Engine, ids: &[RequestId]) {
+    for &id in ids {
+        engine.cancel(id);
+    }
 }

@@ -37,6 +37,8 @@ const N_CTX_MIN: usize = 4096;
 
 /// Everything that engines are made from.
 pub struct Loaded {
+    /// What to call it.
+    pub name: String,
     /// The target's file.
     pub target_file: Arc<Gguf>,
     /// The drafter's file.
@@ -110,6 +112,7 @@ impl Loaded {
         line.finish_and_clear();
         Ok(Loaded {
             sizes: Sizes::new(sizes, &*target, one_slot)?,
+            name: target_source.name(),
             target_file,
             drafter_file,
             backend,
@@ -298,7 +301,7 @@ fn check_kind(file: &Gguf) -> Result<()> {
 
 /// A drafter that speaks other tokens drafts rubbish without an error, so the vocabularies are compared if the drafter
 /// brings one; which ids play special roles may differ, drafters do not look at roles.
-fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
+pub fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
     if drafter.metadata().contains("tokenizer.ggml.tokens") {
         match Vocab::from_metadata(drafter.metadata()) {
             Ok(theirs) => {

@@ -5,15 +5,18 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod bench;
 mod chat;
 mod convert;
 mod flags;
 mod hub;
+mod inspect;
 mod later_flags;
 mod load;
 mod output;
 mod progress;
 mod run;
+mod serve;
 mod sources;
 
 use std::{fs::File, path::PathBuf, process::ExitCode, sync::Mutex};
@@ -24,7 +27,7 @@ use tracing_subscriber::EnvFilter;
 
 /// An inference server for GGUF models, built around speculative decoding
 #[derive(Parser, Debug)]
-#[command(name = "paceline", version, args_override_self = true)]
+#[command(name = "paceline", version = env!("PACELINE_BUILD"), args_override_self = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -46,8 +49,12 @@ struct LogFlags {
 #[derive(Subcommand, Debug)]
 enum Command {
     #[command(args_override_self = true)]
+    Serve(Box<serve::ServeArgs>),
+    #[command(args_override_self = true)]
     Run(Box<run::RunArgs>),
     #[command(args_override_self = true)]
+    Bench(Box<bench::BenchArgs>),
+    Inspect(inspect::InspectArgs),
     Convert(convert::ConvertArgs),
 }
 
@@ -55,13 +62,17 @@ impl Command {
     /// What the log shows unless it is asked for more: a server says what it does, a tool only what is wrong.
     fn log_level(&self) -> &'static str {
         match self {
-            Command::Run(_) | Command::Convert(_) => "warn",
+            Command::Serve(_) => "info",
+            Command::Run(_) | Command::Bench(_) | Command::Inspect(_) | Command::Convert(_) => "warn",
         }
     }
 
     fn run(self) -> Result<()> {
         match self {
+            Command::Serve(args) => serve::run(*args),
             Command::Run(args) => run::run(*args),
+            Command::Bench(args) => bench::run(*args),
+            Command::Inspect(args) => inspect::run(args),
             Command::Convert(args) => convert::run(args),
         }
     }

@@ -58,6 +58,15 @@ impl Source {
         Ok(drafter)
     }
 
+    /// A name for people and requests.
+    pub fn name(&self) -> String {
+        match self {
+            Source::Path(path) => path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned()),
+            Source::Hub(model) => format!("{model:?}"),
+            Source::Bundled(..) => "bundled".to_string(),
+        }
+    }
+
     /// True for a file of this binary.
     pub fn is_bundled(&self) -> bool {
         matches!(self, Source::Bundled(..))

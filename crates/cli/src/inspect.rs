@@ -1,0 +1,319 @@
+//! `paceline inspect`: what a file holds, and the memory that it will need.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use paceline_backend::{Backend, KvType, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_gguf::{Gguf, GgmlType, Value as MetaValue};
+use paceline_models::ARCHS;
+use paceline_spec::{DRAFTERS, LoadDrafter};
+use serde_json::{Value, json};
+
+use crate::{
+    load::{MemoryNeed, bytes, n_params, short},
+    output::say,
+};
+
+/// Shows what a GGUF file holds
+#[derive(Args, Debug)]
+pub struct InspectArgs {
+    /// The file, of a split model the first part
+    file: PathBuf,
+    /// Context to work out memory for; the trained one by default
+    #[arg(short, long = "ctx", visible_alias = "ctx-size", value_name = "N")]
+    ctx: Option<u64>,
+    /// For a drafter, its target: the pair is checked as it would be at load
+    #[arg(long, value_name = "FILE")]
+    target: Option<PathBuf>,
+    /// Lists every tensor
+    #[arg(short, long)]
+    tensors: bool,
+    /// Shows long values in full
+    #[arg(long)]
+    full: bool,
+    /// Prints one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Longest text of a value, in characters, unless all is wanted.
+const MAX_CHARS: usize = 100;
+
+/// Elements of an array that are shown, unless all are wanted.
+const MAX_ELEMENTS: usize = 16;
+
+/// Runs it.
+pub fn run(args: InspectArgs) -> Result<()> {
+    let file = Arc::new(Gguf::open(&args.file)?);
+    let memory = memory(&file, args.ctx);
+    let contract = contract(&file, args.target.as_ref())?;
+    match args.json {
+        true => say(format_args!("{}", serde_json::to_string_pretty(&to_json(&args, &file, &memory, &contract))?)),
+        false => print(&args, &file, &memory, &contract),
+    }
+}
+
+/// Memory at a context, or why it is not known.
+type Memory = Result<MemoryTable, String>;
+
+struct MemoryTable {
+    n_ctx: u64,
+    n_ctx_train: u64,
+    weights: u64,
+    /// Type and bytes of a whole context.
+    kv: Vec<(&'static str, u64)>,
+    /// Recurrent state of a slot, without drafts.
+    slot: u64,
+    /// What each drafted token adds to a slot.
+    per_draft: u64,
+}
+
+fn arch(file: &Gguf) -> Option<&str> {
+    file.metadata().str("general.architecture").ok().flatten()
+}
+
+fn is_drafter(file: &Gguf) -> bool {
+    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| (kind.recognises)(arch)))
+}
+
+fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
+    let name = arch(file).ok_or("the file names no architecture")?;
+    let (states, n_ctx_train) = if is_drafter(file) {
+        drafter_states(file, name)?
+    } else if ARCHS.iter().any(|known| known.name == name) {
+        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1).map_err(|e| e.to_string())?);
+        let model = paceline_models::load(file, &backend).map_err(|e| format!("the model can't be loaded: {e}"))?;
+        (model.states().to_vec(), model.hparams().n_ctx_train as u64)
+    } else {
+        let known: Vec<_> = ARCHS.iter().map(|arch| arch.name).collect();
+        return Err(format!("architecture `{name}` is not supported; supported: {}", known.join(", ")));
+    };
+    let n_ctx = ctx.unwrap_or(n_ctx_train);
+    let need = |kv, n| MemoryNeed::new(&states, kv, n);
+    Ok(MemoryTable {
+        n_ctx,
+        n_ctx_train,
+        weights: file.tensors().iter().map(|tensor| tensor.n_bytes).sum(),
+        kv: [("f16", KvType::F16), ("f32", KvType::F32)]
+            .map(|(name, kv)| (name, need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
+            .to_vec(),
+        slot: need(KvType::F16, 0).slot_bytes,
+        per_draft: need(KvType::F16, 1).slot_bytes - need(KvType::F16, 0).slot_bytes,
+    })
+}
+
+/// A drafter keeps keys and values of each of its layers and nothing else.
+fn drafter_states(file: &Gguf, arch: &str) -> Result<(Vec<StateDecl>, u64), String> {
+    let count = |suffix: &str| -> Result<usize, String> {
+        let key = format!("{arch}.{suffix}");
+        let n = file.metadata().require_u32(&key).map_err(|e| e.to_string())?;
+        if n > 1 << 20 { Err(format!("`{key}`: {n} can't be right")) } else { Ok(n as usize) }
+    };
+    let n_head = count("attention.head_count_kv").or_else(|_| count("attention.head_count"))?;
+    let head_dim = match count("attention.key_length") {
+        Ok(n) => n,
+        Err(_) => count("embedding_length")? / count("attention.head_count")?.max(1),
+    };
+    let n_layer = count("block_count")?.min(4096);
+    Ok((vec![StateDecl::Kv { n_head, head_dim }; n_layer], count("context_length").unwrap_or(0) as u64))
+}
+
+/// The contract of a drafter: checked against a target, or what the file alone says. None for other files.
+fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>> {
+    if !is_drafter(file) {
+        anyhow::ensure!(
+            target.is_none(),
+            "{}: --target: expected a drafter to check against it, found architecture `{}`",
+            file.name(),
+            arch(file).unwrap_or("none")
+        );
+        return Ok(None);
+    }
+    let Some(target) = target else { return Ok(Some(contract_alone(file))) };
+    let target_file = Arc::new(Gguf::open(target)?);
+    let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1)?);
+    let model = paceline_models::load(&target_file, &backend)?;
+    crate::load::check_pair(&target_file, &target_vocab(&target_file)?, file)?;
+    let drafter = paceline_spec::load(&LoadDrafter {
+        file: file.clone(),
+        backend: &backend,
+        target: &*model,
+        states: StateConfig::default(),
+        n_cell_max: 0,
+    })?;
+    Ok(Some(drafter.contract()))
+}
+
+fn target_vocab(file: &Gguf) -> Result<paceline_text::Vocab> {
+    paceline_text::Vocab::from_metadata(file.metadata())
+        .with_context(|| format!("{}: the tokenizer can't be used", file.name()))
+}
+
+/// Keys that a contract is made of, as far as they are there.
+fn contract_alone(file: &Gguf) -> String {
+    const PARTS: &[(&str, &[&str])] = &[
+        ("taps as written", &["target_layers", "target_layer_ids", "dflash.target_layer_ids"]),
+        ("number of taps", &["dflash.n_target_layers"]),
+        ("block", &["block_size", "dflash.block_size"]),
+        ("mask token", &["mask_token_id", "dflash.mask_token_id"]),
+        ("target width", &["target_hidden_size"]),
+        ("target features", &["dflash.n_target_features"]),
+        ("window", &["attention.sliding_window"]),
+        ("window pattern", &["attention.sliding_window_pattern"]),
+        ("causal", &["attention.causal"]),
+        ("rope base", &["rope.freq_base"]),
+    ];
+    let meta = file.metadata();
+    let name = arch(file).unwrap_or("?");
+    let mut parts = vec![format!("arch {name}")];
+    for (what, suffixes) in PARTS {
+        let prefixes = [name, "dflash", "dflash-draft"];
+        let keys = prefixes.iter().flat_map(|prefix| suffixes.iter().map(move |suffix| format!("{prefix}.{suffix}")));
+        let keys = keys.chain((*what == "mask token").then(|| "tokenizer.ggml.mask_token_id".to_string()));
+        if let Some(value) = keys.into_iter().find_map(|key| meta.get(&key).cloned()) {
+            parts.push(format!("{what} {}", shown(&value, false)));
+        }
+    }
+    for (what, tensor) in [("embedding", "token_embd.weight"), ("head", "output.weight")] {
+        let own = if file.tensor(tensor).is_some() { "own" } else { "target's" };
+        parts.push(format!("{what} {own}"));
+    }
+    format!("{}; not checked: give its target with --target", parts.join(", "))
+}
+
+fn shown(value: &MetaValue, full: bool) -> String {
+    let (n_element, n_char) = if full { (usize::MAX, usize::MAX) } else { (MAX_ELEMENTS, MAX_CHARS) };
+    match value {
+        MetaValue::Array(array) => {
+            let few: Vec<String> = array.iter().take(n_element).map(|x| cut(&escaped(&x), 24.max(n_char / 4))).collect();
+            let more = if array.len() > n_element { format!(", … {} in all", array.len()) } else { String::new() };
+            format!("[{}{more}]", few.join(", "))
+        }
+        other => cut(&escaped(other), n_char),
+    }
+}
+
+/// Text with control characters spelled out: a file must not steer the terminal.
+fn escaped(value: &MetaValue) -> String {
+    let text = value.to_string();
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}
+
+fn cut(text: &str, n_char: usize) -> String {
+    match text.char_indices().nth(n_char) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_string(),
+    }
+}
+
+fn by_type(file: &Gguf) -> BTreeMap<GgmlType, (usize, u64, u64)> {
+    let mut types = BTreeMap::new();
+    for tensor in file.tensors() {
+        let (n, n_elements, n_bytes) = types.entry(tensor.ty).or_insert((0, 0, 0));
+        (*n, *n_elements, *n_bytes) = (*n + 1, *n_elements + tensor.n_elements(), *n_bytes + tensor.n_bytes);
+    }
+    types
+}
+
+fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<String>) -> Result<()> {
+    let names: Vec<_> = file.file_names().collect();
+    say(format_args!(
+        "{}: GGUF v{}, {}, {} weights, {} tensors",
+        names.join(", "),
+        file.version(),
+        bytes(file.file_bytes()),
+        short(n_params(file) as f64),
+        file.tensors().len()
+    ))?;
+    say(format_args!("\nmetadata"))?;
+    let width = file.metadata().keys().map(str::len).max().unwrap_or(0).min(48);
+    for (key, value) in file.metadata().iter() {
+        say(format_args!("  {key:width$} {}", shown(value, args.full)))?;
+    }
+    say(format_args!("\ntensors by type"))?;
+    for (ty, (n, n_elements, n_bytes)) in by_type(file) {
+        say(format_args!("  {ty:<8} {n:>5} tensors {:>10} weights {:>10}", short(n_elements as f64), bytes(n_bytes)))?;
+    }
+    if args.tensors {
+        say(format_args!("\ntensors"))?;
+        let width = file.tensors().iter().map(|tensor| tensor.name.len()).max().unwrap_or(0).min(64);
+        for tensor in file.tensors() {
+            let name = escaped(&MetaValue::from(tensor.name.as_str()));
+            let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
+            say(format_args!("  {name:width$} {:<8} {:>20} {:>10}", tensor.ty, shape.join(" × "), bytes(tensor.n_bytes)))?;
+        }
+    }
+    match memory {
+        Ok(table) => {
+            say(format_args!("\nmemory at a context of {} tokens (trained for {})", table.n_ctx, table.n_ctx_train))?;
+            say(format_args!("  weights            {:>10}", bytes(table.weights)))?;
+            for (name, n_bytes) in &table.kv {
+                say(format_args!("  KV cells, {name}      {:>10}", bytes(*n_bytes)))?;
+            }
+            say(format_args!(
+                "  recurrent state    {:>10} a slot, {} more for each drafted token",
+                bytes(table.slot),
+                bytes(table.per_draft)
+            ))?;
+        }
+        Err(why) => say(format_args!("\nmemory: not known: {why}"))?,
+    }
+    if let Some(contract) = contract {
+        say(format_args!("\ncontract\n  {contract}"))?;
+    }
+    Ok(())
+}
+
+fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<String>) -> Value {
+    let tensors = args.tensors.then(|| {
+        let one = |tensor: &paceline_gguf::TensorInfo| {
+            json!({ "name": tensor.name, "shape": tensor.shape, "type": tensor.ty.name(), "bytes": tensor.n_bytes })
+        };
+        file.tensors().iter().map(one).collect::<Vec<_>>()
+    });
+    let memory = match memory {
+        Ok(table) => json!({
+            "n_ctx": table.n_ctx,
+            "n_ctx_train": table.n_ctx_train,
+            "weights_bytes": table.weights,
+            "kv_bytes": table.kv.iter().map(|(name, n)| (name.to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),
+            "slot_bytes": table.slot,
+            "draft_row_bytes": table.per_draft,
+        }),
+        Err(why) => json!({ "unknown": why }),
+    };
+    json!({
+        "files": file.file_names().collect::<Vec<_>>(),
+        "version": file.version(),
+        "file_bytes": file.file_bytes(),
+        "n_params": n_params(file),
+        "n_tensors": file.tensors().len(),
+        "metadata": file.metadata().iter().map(|(k, v)| (k.to_string(), json_value(v, args.full))).collect::<serde_json::Map<_, _>>(),
+        "types": by_type(file).iter().map(|(ty, (n, n_elements, n_bytes))| {
+            (ty.name().to_string(), json!({ "n_tensors": n, "n_params": n_elements, "bytes": n_bytes }))
+        }).collect::<serde_json::Map<_, _>>(),
+        "tensors": tensors,
+        "memory": memory,
+        "contract": contract,
+    })
+}
+
+/// As JSON; of long arrays the first elements and the length.
+fn json_value(value: &MetaValue, full: bool) -> Value {
+    match value {
+        MetaValue::Bool(x) => json!(x),
+        MetaValue::F32(x) => json!(x),
+        MetaValue::F64(x) => json!(x),
+        MetaValue::String(text) => json!(String::from_utf8_lossy(text)),
+        MetaValue::Array(array) => {
+            let n = if full { usize::MAX } else { MAX_ELEMENTS };
+            let few: Vec<Value> = array.iter().take(n).map(|x| json_value(&x, full)).collect();
+            if array.len() > n { json!({ "first": few, "len": array.len() }) } else { json!(few) }
+        }
+        int => match int.as_int() {
+            Some(n) => i64::try_from(n).map_or_else(|_| json!(n as u64), |n| json!(n)),
+            None => Value::Null,
+        },
+    }
+}
