@@ -21,6 +21,7 @@ mod answer;
 mod app;
 mod auth;
 mod config;
+mod engine_thread;
 mod envelope;
 mod error;
 mod fields;

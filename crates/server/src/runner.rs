@@ -10,30 +10,26 @@
 //! drops its receiver, which the next step boundary sees as a closed channel and cancels: there is no message that
 //! could get lost. Clocks live here, so that the engine needs none.
 //!
-//! A panic inside the engine ends here. Requests that had a slot fail, the engine is made again, those that had only
-//! waited start over (once: one that panics on its way in does not get a second victim), and the state that
-//! `/health` shows says what is going on throughout.
+//! Here are the messages and the handle that the rest of the server holds; the loop is in `engine_thread`.
 
 use std::{
     any::Any,
-    collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
 };
 
 use paceline_engine::{
-    Counters, Engine, EngineConfig, Event, Finish, Phase, Request, RequestError, RequestId, SlotStatus,
-    SpeculationNote, Stats, Step, SubmitError, TokenOut,
+    Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, SlotStatus, Stats,
+    SubmitError, TokenOut,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::timings::Timings;
+use crate::{engine_thread::EngineThread, timings::Timings};
 
 /// Makes an engine: at the start, and again after a failure.
 pub type EngineFactory = Box<dyn FnMut() -> Result<Engine, Box<dyn std::error::Error + Send + Sync>> + Send>;
@@ -182,7 +178,7 @@ impl Runner {
                 let started = ready.send(Ok((*engine.config(), drafter))).is_ok();
                 thread_health.send_replace(Health::Ok);
                 if started {
-                    Thread::new(engine, factory, commands, thread_health).run();
+                    EngineThread::new(engine, factory, commands, thread_health).run();
                 }
             }
             Err(error) => {
@@ -233,385 +229,15 @@ impl Runner {
     }
 }
 
-fn guarded(factory: &mut EngineFactory) -> Result<Engine, Box<dyn std::error::Error + Send + Sync>> {
+pub(crate) fn guarded(
+    factory: &mut EngineFactory,
+) -> Result<Engine, Box<dyn std::error::Error + Send + Sync>> {
     catch_unwind(AssertUnwindSafe(factory)).unwrap_or_else(|panic| Err(panic_text(&*panic).into()))
 }
 
-fn panic_text(panic: &(dyn Any + Send)) -> String {
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|s| s.to_string());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".into())
-}
-
-/// A request between submit and its last event.
-struct Flight {
-    index: usize,
-    events: Events,
-    settings: Arc<Value>,
-    /// Kept until it has a slot, so that a failure of others does not take it along.
-    waiting: Option<Request>,
-    n_try: u32,
-    n_prompt: usize,
-    started: Option<Instant>,
-    n_cached: usize,
-    first: Option<Instant>,
-    last: Instant,
-    n_predicted: usize,
-}
-
-impl Flight {
-    fn send(&self, progress: Progress) {
-        // A closed channel is a client that went away: seen and cancelled at the next step boundary.
-        let _ = self.events.send((self.index, progress));
-    }
-
-    fn timings(&self) -> Timings {
-        let span = |from: Option<Instant>, to: Option<Instant>| match (from, to) {
-            (Some(from), Some(to)) => to.saturating_duration_since(from).as_secs_f64() * 1e3,
-            _ => 0.0,
-        };
-        Timings {
-            cache_n: self.n_cached,
-            prompt_n: self.n_prompt - self.n_cached,
-            prompt_ms: span(self.started, self.first),
-            predicted_n: self.n_predicted,
-            predicted_ms: span(self.first, Some(self.last)),
-            ..Timings::default()
-        }
-    }
-}
-
-struct Thread {
-    engine: Option<Engine>,
-    factory: EngineFactory,
-    commands: mpsc::Receiver<Command>,
-    health: Arc<watch::Sender<Health>>,
-    flights: HashMap<RequestId, Flight>,
-    totals: Totals,
-    /// Counters of engines that are no more.
-    past: Counters,
-    events: Vec<Event>,
-    draining: bool,
-    last_restart: Instant,
-}
-
-/// After a restart that failed, requests are refused for this long before the next try.
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
-
-impl Thread {
-    fn new(
-        engine: Engine,
-        factory: EngineFactory,
-        commands: mpsc::Receiver<Command>,
-        health: Arc<watch::Sender<Health>>,
-    ) -> Thread {
-        Thread {
-            engine: Some(engine),
-            factory,
-            commands,
-            health,
-            flights: HashMap::new(),
-            totals: Totals::default(),
-            past: Counters::default(),
-            events: Vec::new(),
-            draining: false,
-            last_restart: Instant::now(),
-        }
-    }
-
-    fn run(mut self) {
-        loop {
-            if self.flights.is_empty() {
-                match self.commands.blocking_recv() {
-                    Some(command) => self.obey(command),
-                    None => return,
-                }
-            }
-            while let Ok(command) = self.commands.try_recv() {
-                self.obey(command);
-            }
-            self.drop_hung_up();
-            self.step();
-        }
-    }
-
-    /// Runs `act` on the engine. A panic inside ends the engine, not the thread.
-    fn guard<T>(&mut self, act: impl FnOnce(&mut Engine, &mut Vec<Event>) -> T) -> Result<T, String> {
-        let (Some(engine), events) = (&mut self.engine, &mut self.events) else {
-            return Err("the engine is down".into());
-        };
-        catch_unwind(AssertUnwindSafe(|| act(engine, events))).map_err(|panic| panic_text(&*panic))
-    }
-
-    fn obey(&mut self, command: Command) {
-        match command {
-            Command::Submit(submission) => self.submit(*submission),
-            Command::Status(reply) => {
-                let _ = reply.send(Box::new(self.status()));
-            }
-            Command::Drain => {
-                self.draining = true;
-                let waiting: Vec<RequestId> =
-                    self.flights.iter().filter(|(_, f)| f.waiting.is_some()).map(|(id, _)| *id).collect();
-                for id in waiting {
-                    self.end(id, Progress::Failed(Failure::ShuttingDown));
-                }
-            }
-            Command::Finish => self.finish_all(),
-        }
-    }
-
-    fn submit(&mut self, submission: Submission) {
-        let Submission { request, index, events, settings } = submission;
-        let refuse = |refusal| {
-            let _ = events.send((index, Progress::Refused(refusal)));
-        };
-        if self.draining {
-            return refuse(Refusal::ShuttingDown);
-        }
-        if self.engine.is_none() {
-            if self.last_restart.elapsed() > RESTART_PAUSE {
-                self.make_engine();
-            }
-            if let Health::Down(reason) = self.health.borrow().clone() {
-                self.totals.n_refused += 1;
-                return refuse(Refusal::Down(reason));
-            }
-        }
-        let id = request.id;
-        let flight = Flight {
-            index,
-            n_prompt: request.prompt.len(),
-            waiting: Some(request.clone()),
-            n_try: 1,
-            settings,
-            started: None,
-            n_cached: 0,
-            first: None,
-            last: Instant::now(),
-            n_predicted: 0,
-            events: events.clone(),
-        };
-        match self.guard(|engine, _| engine.submit(request)) {
-            Ok(Ok(())) => {
-                flight.send(Progress::Queued);
-                self.flights.insert(id, flight);
-            }
-            Ok(Err(error)) => {
-                self.totals.n_refused += 1;
-                refuse(Refusal::Engine(error));
-            }
-            Err(reason) => {
-                refuse(Refusal::Down(reason.clone()));
-                self.restart(reason);
-            }
-        }
-    }
-
-    /// Cancels the requests that nobody listens to any more.
-    fn drop_hung_up(&mut self) {
-        let gone: Vec<RequestId> =
-            self.flights.iter().filter(|(_, f)| f.events.is_closed()).map(|(id, _)| *id).collect();
-        for id in gone {
-            self.flights.remove(&id);
-            self.totals.n_cancelled += 1;
-            if let Err(reason) = self.guard(|engine, _| engine.cancel(id)) {
-                return self.restart(reason);
-            }
-        }
-    }
-
-    fn step(&mut self) {
-        if self.flights.is_empty() || self.engine.is_none() {
-            return;
-        }
-        let before = Instant::now();
-        let outcome = self.guard(|engine, events| engine.step(events));
-        let now = Instant::now();
-        let mut events = std::mem::take(&mut self.events);
-        let quiet = events.is_empty();
-        for event in events.drain(..) {
-            self.dispatch(event, before, now);
-        }
-        self.events = events;
-        match outcome {
-            Ok(Step::Ran { .. }) => {}
-            // Work that the engine can't get at would otherwise burn a core.
-            Ok(Step::Idle) if quiet => thread::sleep(Duration::from_millis(1)),
-            Ok(Step::Idle) => {}
-            Err(reason) => self.restart(reason),
-        }
-    }
-
-    fn dispatch(&mut self, event: Event, before: Instant, now: Instant) {
-        let id = match &event {
-            Event::Started { request, .. }
-            | Event::Prefill { request, .. }
-            | Event::Tokens { request, .. }
-            | Event::Done { request, .. }
-            | Event::Failed { request, .. } => *request,
-        };
-        let Some(flight) = self.flights.get_mut(&id) else { return };
-        match event {
-            Event::Started { slot, n_cached, .. } => {
-                flight.waiting = None;
-                flight.started = Some(before);
-                flight.last = before;
-                flight.n_cached = n_cached;
-                flight.send(Progress::Started { slot });
-            }
-            Event::Prefill { n_computed, n_prompt, .. } => {
-                let ms = flight.started.map_or(0.0, |started| (now - started).as_secs_f64() * 1e3);
-                flight.send(Progress::Prefill { n_computed, n_prompt, n_cached: flight.n_cached, ms });
-            }
-            Event::Tokens { text, tokens, .. } => {
-                let spent = now.saturating_duration_since(flight.last).as_secs_f64();
-                if flight.first.is_none() {
-                    flight.first = Some(now);
-                    let spent = flight.started.map_or(0.0, |started| (now - started).as_secs_f64());
-                    self.totals.prompt_tokens += (flight.n_prompt - flight.n_cached) as u64;
-                    self.totals.prompt_seconds += spent;
-                } else {
-                    self.totals.predicted_seconds += spent;
-                }
-                self.totals.predicted_tokens += tokens.len() as u64;
-                flight.n_predicted += tokens.len();
-                flight.last = now;
-                flight.send(Progress::Tokens { text, tokens, timings: flight.timings() });
-            }
-            Event::Done { text, finish, stats, .. } => {
-                let mut timings = flight.timings();
-                (timings.draft_n, timings.draft_n_accepted) = (stats.n_draft, stats.n_accepted);
-                log_done(id, &stats, &timings);
-                flight.send(Progress::Done { text, ending: Ending::Finished(finish), stats, timings });
-                self.totals.n_done += 1;
-                self.flights.remove(&id);
-            }
-            Event::Failed { error, .. } => {
-                tracing::warn!(request = id.0, %error, "request failed");
-                flight.send(Progress::Failed(Failure::Engine(error)));
-                self.totals.n_failed += 1;
-                self.flights.remove(&id);
-            }
-        }
-    }
-
-    /// The last word about a request that the engine still has.
-    fn end(&mut self, id: RequestId, last_word: Progress) {
-        if let Some(flight) = self.flights.remove(&id) {
-            flight.send(last_word);
-        }
-        if let Err(reason) = self.guard(|engine, _| engine.cancel(id)) {
-            self.restart(reason);
-        }
-    }
-
-    fn finish_all(&mut self) {
-        let drafted: HashMap<RequestId, (usize, usize)> = self
-            .guard(|engine, _| engine.slots())
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(|slot| Some((slot.request?, slot.n_draft)))
-            .collect();
-        let has_drafter = self.engine.as_ref().is_some_and(|engine| engine.drafter().is_some());
-        let ids: Vec<RequestId> = self.flights.keys().copied().collect();
-        for id in ids {
-            let Some(flight) = self.flights.get(&id) else { continue };
-            if flight.started.is_none() {
-                self.end(id, Progress::Failed(Failure::ShuttingDown));
-                continue;
-            }
-            let mut timings = flight.timings();
-            (timings.draft_n, timings.draft_n_accepted) = drafted.get(&id).copied().unwrap_or_default();
-            let stats = Stats {
-                n_prompt: flight.n_prompt,
-                n_cached: flight.n_cached,
-                n_predicted: flight.n_predicted,
-                n_draft: timings.draft_n,
-                n_accepted: timings.draft_n_accepted,
-                speculation: if has_drafter { SpeculationNote::Active } else { SpeculationNote::NoDrafter },
-                ..Stats::default()
-            };
-            self.end(id, Progress::Done { text: String::new(), ending: Ending::ShutDown, stats, timings });
-        }
-    }
-
-    /// Replaces an engine that panicked.
-    fn restart(&mut self, reason: String) {
-        tracing::error!(%reason, "the engine failed and is made again");
-        self.health
-            .send_if_modified(|health| set_unless_stopping(health, Health::Restarting(reason.clone())));
-        self.totals.n_restart += 1;
-        if let Some(engine) = self.engine.take() {
-            add(&mut self.past, engine.counters());
-            // What is broken may well break again while it is taken down.
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(engine)));
-        }
-        let mut waiting = Vec::new();
-        self.flights.retain(|_, flight| match flight.waiting.clone().filter(|_| flight.n_try < 2) {
-            Some(request) => {
-                flight.n_try += 1;
-                waiting.push(request);
-                true
-            }
-            None => {
-                flight.send(Progress::Failed(Failure::Panicked(reason.clone())));
-                self.totals.n_failed += 1;
-                false
-            }
-        });
-        self.make_engine();
-        waiting.sort_by_key(|request| request.id);
-        for request in waiting {
-            let id = request.id;
-            let taken = self.guard(|engine, _| engine.submit(request));
-            if !matches!(taken, Ok(Ok(())))
-                && let Some(flight) = self.flights.remove(&id)
-            {
-                flight.send(Progress::Failed(Failure::Panicked(reason.clone())));
-                self.totals.n_failed += 1;
-            }
-        }
-    }
-
-    fn make_engine(&mut self) {
-        self.last_restart = Instant::now();
-        let health = match guarded(&mut self.factory) {
-            Ok(engine) => {
-                self.engine = Some(engine);
-                Health::Ok
-            }
-            Err(error) => {
-                tracing::error!(%error, "the engine could not be made again");
-                Health::Down(error.to_string())
-            }
-        };
-        self.health.send_if_modified(|current| set_unless_stopping(current, health));
-    }
-
-    fn status(&mut self) -> EngineStatus {
-        let mut status =
-            EngineStatus { counters: self.past.clone(), totals: self.totals.clone(), ..Default::default() };
-        if let Some(engine) = &self.engine {
-            add(&mut status.counters, engine.counters());
-            status.n_waiting = engine.n_waiting();
-            let look = |status: SlotStatus| {
-                let flight = status.request.and_then(|id| self.flights.get(&id));
-                SlotLook {
-                    n_cached: flight.map_or(0, |f| f.n_cached),
-                    settings: flight.map(|f| f.settings.clone()),
-                    status,
-                }
-            };
-            status.slots = engine.slots().into_iter().map(look).collect();
-            let usage = engine.usage();
-            (status.memory_bytes, status.n_page, status.n_page_max) =
-                (usage.bytes, usage.n_page, usage.n_page_max);
-            status.drafter = engine
-                .drafter()
-                .map(|drafter| DrafterStatus { name: drafter.name(), state_bytes: drafter.state_bytes() });
-        }
-        status
-    }
 }
 
 impl EngineStatus {
@@ -619,54 +245,4 @@ impl EngineStatus {
     pub fn n_busy(&self) -> usize {
         self.slots.iter().filter(|slot| slot.status.phase != Phase::Idle).count()
     }
-}
-
-/// One line per answer; a drafter that is loaded but of no use is worth a warning.
-fn log_done(id: RequestId, stats: &Stats, timings: &Timings) {
-    match &stats.speculation {
-        SpeculationNote::Faulted(reason) => {
-            tracing::warn!(request = id.0, %reason, "the drafter's output was unusable: this request went on without");
-        }
-        SpeculationNote::Useless => {
-            tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
-        }
-        _ => {}
-    }
-    tracing::info!(
-        request = id.0,
-        n_prompt = stats.n_prompt,
-        n_cached = stats.n_cached,
-        n_predicted = stats.n_predicted,
-        prompt_ms = timings.prompt_ms,
-        predicted_ms = timings.predicted_ms,
-        n_draft = stats.n_draft,
-        n_accepted = stats.n_accepted,
-        "answered"
-    );
-}
-
-fn set_unless_stopping(health: &mut Health, new: Health) -> bool {
-    let set = *health != Health::ShuttingDown;
-    if set {
-        *health = new;
-    }
-    set
-}
-
-fn add(sum: &mut Counters, more: &Counters) {
-    sum.n_step += more.n_step;
-    sum.n_row += more.n_row;
-    sum.n_lane += more.n_lane;
-    sum.n_tokens_max = sum.n_tokens_max.max(more.n_tokens_max);
-    sum.drafts.0 += more.drafts.0;
-    sum.drafts.1 += more.drafts.1;
-    sum.drafts.2 += more.drafts.2;
-    if sum.accepted_by_position.len() < more.accepted_by_position.len() {
-        sum.accepted_by_position.resize(more.accepted_by_position.len(), 0);
-    }
-    for (sum, more) in sum.accepted_by_position.iter_mut().zip(&more.accepted_by_position) {
-        *sum += more;
-    }
-    sum.n_bad_logits += more.n_bad_logits;
-    sum.n_bad_drafts += more.n_bad_drafts;
 }

@@ -177,5 +177,5 @@ fn stopping_ends_answers_after_the_grace() {
     let rest = running.rest();
     assert!(rest.contains("\"finish_reason\":\"length\"") && rest.contains("[DONE]"), "{rest}");
     world.join();
-    assert!(before.elapsed() < Duration::from_millis(1500), "{:?}", before.elapsed());
+    assert!(before.elapsed() < Duration::from_millis(1900), "{:?}", before.elapsed());
 }
