@@ -120,7 +120,9 @@ fn state_words(stats: &Stats) -> String {
         SpeculationNote::OffByRequest => "off".to_string(),
         SpeculationNote::Active => "active".to_string(),
         SpeculationNote::Faulted(reason) => format!("the drafter was dropped: {reason}"),
-        SpeculationNote::Useless => format!("useless here, {} tokens drafted and none accepted", stats.n_draft),
+        SpeculationNote::Useless => {
+            format!("useless here, {} tokens drafted and none accepted", stats.n_draft)
+        }
     }
 }
 

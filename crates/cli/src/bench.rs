@@ -99,7 +99,9 @@ pub fn run(args: BenchArgs) -> Result<()> {
     line.finish_and_clear();
     let report = Report { prefill, rows, n_bad: bench.n_bad(), n_slot: loaded.sizes.n_slot };
     match args.json {
-        true => say(format_args!("{}", serde_json::to_string_pretty(&report.to_json(&args, &loaded, &bench))?)),
+        true => {
+            say(format_args!("{}", serde_json::to_string_pretty(&report.to_json(&args, &loaded, &bench))?))
+        }
         false => report.print(&loaded, &bench),
     }
 }
@@ -111,13 +113,16 @@ fn groups(args: &BenchArgs, loaded: &Loaded) -> Result<Vec<Group>> {
     let chat = Chat::new(&loaded.tokenizer, &loaded.template, &args.template)?;
     let mut texts: Vec<(String, String)> = Vec::new();
     if let Some(path) = &args.file {
-        let text = std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
         let lines = text.lines().filter(|line| !line.trim().is_empty());
         texts.extend(lines.enumerate().map(|(i, line)| (format!("line {}", i + 1), line.to_string())));
     } else if args.prompt.is_empty() {
         texts.extend(PROMPTS.iter().map(|(name, text)| (name.to_string(), text.to_string())));
     } else {
-        texts.extend(args.prompt.iter().enumerate().map(|(i, text)| (format!("prompt {}", i + 1), text.clone())));
+        texts.extend(
+            args.prompt.iter().enumerate().map(|(i, text)| (format!("prompt {}", i + 1), text.clone())),
+        );
     }
     ensure!(!texts.is_empty(), "no prompts: expected at least one line");
     let prompts = texts
@@ -411,12 +416,26 @@ impl Report {
             None => say(format_args!("no drafter: nothing to compare with"))?,
         }
         if let Some(prefill) = &self.prefill {
-            let with = prefill.speculative.map_or(String::new(), |s| format!(", with the drafter {}", s.show()));
-            say(format_args!("prefill of {} tokens: {} tok/s{with}", prefill.n_prompt, prefill.plain.show()))?;
+            let with =
+                prefill.speculative.map_or(String::new(), |s| format!(", with the drafter {}", s.show()));
+            say(format_args!(
+                "prefill of {} tokens: {} tok/s{with}",
+                prefill.n_prompt,
+                prefill.plain.show()
+            ))?;
         }
         say(format_args!(
             "\n{:<12} {:>6} {:>16} {:>16} {:>8} {:>10} {:>8} {:>6} {:>7} {:>7}",
-            "prompt", "tokens", "plain tok/s", "spec tok/s", "speed-up", "accept_len", "accepted", "same", "unique", "repeats"
+            "prompt",
+            "tokens",
+            "plain tok/s",
+            "spec tok/s",
+            "speed-up",
+            "accept_len",
+            "accepted",
+            "same",
+            "unique",
+            "repeats"
         ))?;
         for row in &self.rows {
             let all = Acceptance::of(&row.answers);
@@ -438,7 +457,9 @@ impl Report {
         let totals = self.totals();
         if let Some(speed_up) = self.speed_up() {
             let by_position: Vec<String> = (totals.by_position.iter())
-                .map(|(drafted, accepted)| format!("{:.0}", 100.0 * *accepted as f64 / (*drafted).max(1) as f64))
+                .map(|(drafted, accepted)| {
+                    format!("{:.0}", 100.0 * *accepted as f64 / (*drafted).max(1) as f64)
+                })
                 .collect();
             say(format_args!(
                 "\nall: {speed_up:.2}× as fast, {:.2} tokens per forward, {:.0} % of {} drafted tokens accepted",
@@ -449,7 +470,11 @@ impl Report {
             say(format_args!("accepted by position, %: {}", by_position.join(" ")))?;
             say(format_args!(
                 "plain and speculative runs gave {}",
-                if self.same() { "the same tokens" } else { "DIFFERENT tokens: this is a bug, please report it" }
+                if self.same() {
+                    "the same tokens"
+                } else {
+                    "DIFFERENT tokens: this is a bug, please report it"
+                }
             ))?;
         }
         say(format_args!("outputs that were not finite: {}", self.n_bad))

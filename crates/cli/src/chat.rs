@@ -24,7 +24,11 @@ pub struct Prompt {
 
 impl<'a> Chat<'a> {
     /// With the template variables that the flags give.
-    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, flags: &TemplateFlags) -> Result<Chat<'a>> {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: &'a ChatTemplate,
+        flags: &TemplateFlags,
+    ) -> Result<Chat<'a>> {
         let mut kwargs = flags.kwargs()?;
         match flags.thinking()? {
             Thinking::Auto => {}

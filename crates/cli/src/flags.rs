@@ -32,7 +32,14 @@ pub struct ModelFlags {
     )]
     pub hf_repo: Option<String>,
     /// File of that repository, in place of QUANT (-hff)
-    #[arg(long, alias = "hff", value_name = "FILE", env = "LLAMA_ARG_HF_FILE", hide_env = true, requires = "hf_repo")]
+    #[arg(
+        long,
+        alias = "hff",
+        value_name = "FILE",
+        env = "LLAMA_ARG_HF_FILE",
+        hide_env = true,
+        requires = "hf_repo"
+    )]
     pub hf_file: Option<String>,
     /// Drafter: a GGUF file (-md)
     #[arg(
@@ -92,7 +99,8 @@ impl ModelFlags {
     /// False if the user wants no speculation. Kinds that do not exist are refused: going on without them would be
     /// slower than what was asked for, and nobody would know why.
     pub fn wants_drafter(&self) -> Result<bool> {
-        let kinds = self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).filter(|k| !k.is_empty());
+        let kinds =
+            self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).filter(|k| !k.is_empty());
         let mut wants = None;
         for kind in kinds {
             let known = DRAFTERS.iter().any(|d| d.name == kind || d.aliases.contains(&kind));
@@ -200,7 +208,9 @@ impl SizeFlags {
     pub fn kv_types(&self) -> Result<(KvType, KvType)> {
         let one = |what: &str, k: Option<KvType>, v: Option<KvType>| match (k, v) {
             (Some(k), Some(v)) if k != v => {
-                bail!("{what}: different types for keys and values are not supported yet\nhint: give both the same type")
+                bail!(
+                    "{what}: different types for keys and values are not supported yet\nhint: give both the same type"
+                )
             }
             (k, v) => Ok(k.or(v).unwrap_or(KvType::F16)),
         };
@@ -228,7 +238,14 @@ impl SizeFlags {
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingFlags {
     /// Temperature; 0 is greedy [default: 0.8]
-    #[arg(long, alias = "temperature", value_name = "X", env = "LLAMA_ARG_TEMP", hide_env = true, allow_negative_numbers = true)]
+    #[arg(
+        long,
+        alias = "temperature",
+        value_name = "X",
+        env = "LLAMA_ARG_TEMP",
+        hide_env = true,
+        allow_negative_numbers = true
+    )]
     pub temp: Option<f32>,
     /// Keep the K likeliest; 0 is off [default: 40]
     #[arg(long, value_name = "K", env = "LLAMA_ARG_TOP_K", hide_env = true, allow_negative_numbers = true)]
@@ -416,7 +433,9 @@ impl TemplateFlags {
             (None, None | Some(-1)) => Ok(Thinking::Auto),
             (None, Some(0)) => Ok(Thinking::Off),
             (None, Some(n)) => {
-                bail!("--reasoning-budget {n}: a limit on thinking is not built yet\nhint: 0 turns it off, -1 is no limit")
+                bail!(
+                    "--reasoning-budget {n}: a limit on thinking is not built yet\nhint: 0 turns it off, -1 is no limit"
+                )
             }
         }
     }
@@ -473,7 +492,9 @@ pub fn one_dash(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let mut out: Vec<OsString> = Vec::new();
     let mut verbatim = false;
     for arg in args {
-        let is_value = out.last().is_some_and(|last| FREE_TEXT.iter().any(|name| last == name || *last == *format!("-{name}")));
+        let is_value = out
+            .last()
+            .is_some_and(|last| FREE_TEXT.iter().any(|name| last == name || *last == *format!("-{name}")));
         verbatim |= arg == "--";
         let rewritten = match arg.to_str() {
             Some(text) if !verbatim && !is_value && is_long_name(text) => format!("-{text}").into(),

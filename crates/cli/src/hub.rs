@@ -52,7 +52,9 @@ impl HubModel {
             None => (text, None),
         };
         let good = |part: &str| {
-            !part.is_empty() && !part.starts_with('.') && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         let parts: Vec<&str> = repo.split('/').collect();
         ensure!(
@@ -73,7 +75,8 @@ pub fn fetch(model: &HubModel) -> Result<PathBuf> {
         return cached(&cache, model, "HF_HUB_OFFLINE is set");
     }
     let endpoint = ["MODEL_ENDPOINT", "HF_ENDPOINT"].iter().find_map(|name| std::env::var(name).ok());
-    let mut builder = ApiBuilder::from_cache(cache.clone()).with_user_agent("paceline", env!("CARGO_PKG_VERSION"));
+    let mut builder =
+        ApiBuilder::from_cache(cache.clone()).with_user_agent("paceline", env!("CARGO_PKG_VERSION"));
     if let Some(endpoint) = endpoint.filter(|endpoint| !endpoint.is_empty()) {
         builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_string());
     }
@@ -107,7 +110,8 @@ fn fetch_file(api: &Api, repo: &ApiRepo, cache: &Cache, repo_name: &str, file: &
             .and_then(|about| Ok((repo.download_with_progress(file, Bar(progress::bytes(0)))?, about)));
         let error = match result {
             Ok((path, about)) => {
-                let found = fs::metadata(&path).with_context(|| format!("{}: can't read", path.display()))?.len();
+                let found =
+                    fs::metadata(&path).with_context(|| format!("{}: can't read", path.display()))?.len();
                 ensure!(
                     found == about.size() as u64,
                     "{repo_name}: {file}: expected {} bytes, found {found}\nhint: delete {} and run the same command again",
@@ -122,7 +126,9 @@ fn fetch_file(api: &Api, repo: &ApiRepo, cache: &Cache, repo_name: &str, file: &
             // What there is of the file cannot be its beginning, or it is all of it and was never renamed.
             ApiError::InvalidResume => discard_part(api, repo, cache, repo_name, file)?,
             ref error if status(error) == Some(416) => discard_part(api, repo, cache, repo_name, file)?,
-            error if status(&error).is_some_and(|code| code < 500) => return Err(explain(error, repo_name, file)),
+            error if status(&error).is_some_and(|code| code < 500) => {
+                return Err(explain(error, repo_name, file));
+            }
             error if n_retry == N_RETRY => return Err(explain(error, repo_name, file)),
             error => {
                 warn!("{repo_name}: {file}: {error}; going on where it stopped");
@@ -130,7 +136,10 @@ fn fetch_file(api: &Api, repo: &ApiRepo, cache: &Cache, repo_name: &str, file: &
             }
         }
         n_retry += 1;
-        ensure!(n_retry <= N_RETRY, "{repo_name}: {file}: the download fails again and again\nhint: run the same command later");
+        ensure!(
+            n_retry <= N_RETRY,
+            "{repo_name}: {file}: the download fails again and again\nhint: run the same command later"
+        );
     }
 }
 
@@ -234,9 +243,13 @@ fn explain(error: ApiError, repo: &str, what: &str) -> anyhow::Error {
             "{repo}: {what}: the hub refuses access (status {code})\n\
              hint: check the name; of a private or gated repository accept its conditions on its page and set HF_TOKEN"
         ),
-        Some(404) => anyhow!("{repo}: {what}: not found on the hub (status 404)\nhint: check the name, owner/repo"),
+        Some(404) => {
+            anyhow!("{repo}: {what}: not found on the hub (status 404)\nhint: check the name, owner/repo")
+        }
         Some(code) => anyhow!("{repo}: {what}: the hub answered with status {code}\nhint: try again later"),
-        None => anyhow!("{repo}: {what}: {error}\nhint: run the same command again, it goes on where it stopped"),
+        None => {
+            anyhow!("{repo}: {what}: {error}\nhint: run the same command again, it goes on where it stopped")
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use anyhow::{Context, Result};
 use clap::Args;
 use paceline_backend::{Backend, KvType, StateConfig, StateDecl, cpu::CpuBackend};
-use paceline_gguf::{Gguf, GgmlType, Value as MetaValue};
+use paceline_gguf::{GgmlType, Gguf, Value as MetaValue};
 use paceline_models::ARCHS;
 use paceline_spec::{DRAFTERS, LoadDrafter};
 use serde_json::{Value, json};
@@ -49,7 +49,9 @@ pub fn run(args: InspectArgs) -> Result<()> {
     let memory = memory(&file, args.ctx);
     let contract = contract(&file, args.target.as_ref())?;
     match args.json {
-        true => say(format_args!("{}", serde_json::to_string_pretty(&to_json(&args, &file, &memory, &contract))?)),
+        true => {
+            say(format_args!("{}", serde_json::to_string_pretty(&to_json(&args, &file, &memory, &contract))?))
+        }
         false => print(&args, &file, &memory, &contract),
     }
 }
@@ -83,7 +85,8 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
         drafter_states(file, name)?
     } else if ARCHS.iter().any(|known| known.name == name) {
         let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1).map_err(|e| e.to_string())?);
-        let model = paceline_models::load(file, &backend).map_err(|e| format!("the model can't be loaded: {e}"))?;
+        let model =
+            paceline_models::load(file, &backend).map_err(|e| format!("the model can't be loaded: {e}"))?;
         (model.states().to_vec(), model.hparams().n_ctx_train as u64)
     } else {
         let known: Vec<_> = ARCHS.iter().map(|arch| arch.name).collect();
@@ -169,7 +172,9 @@ fn contract_alone(file: &Gguf) -> String {
     let mut parts = vec![format!("arch {name}")];
     for (what, suffixes) in PARTS {
         let prefixes = [name, "dflash", "dflash-draft"];
-        let keys = prefixes.iter().flat_map(|prefix| suffixes.iter().map(move |suffix| format!("{prefix}.{suffix}")));
+        let keys = prefixes
+            .iter()
+            .flat_map(|prefix| suffixes.iter().map(move |suffix| format!("{prefix}.{suffix}")));
         let keys = keys.chain((*what == "mask token").then(|| "tokenizer.ggml.mask_token_id".to_string()));
         if let Some(value) = keys.into_iter().find_map(|key| meta.get(&key).cloned()) {
             parts.push(format!("{what} {}", shown(&value, false)));
@@ -186,8 +191,10 @@ fn shown(value: &MetaValue, full: bool) -> String {
     let (n_element, n_char) = if full { (usize::MAX, usize::MAX) } else { (MAX_ELEMENTS, MAX_CHARS) };
     match value {
         MetaValue::Array(array) => {
-            let few: Vec<String> = array.iter().take(n_element).map(|x| cut(&escaped(&x), 24.max(n_char / 4))).collect();
-            let more = if array.len() > n_element { format!(", … {} in all", array.len()) } else { String::new() };
+            let few: Vec<String> =
+                array.iter().take(n_element).map(|x| cut(&escaped(&x), 24.max(n_char / 4))).collect();
+            let more =
+                if array.len() > n_element { format!(", … {} in all", array.len()) } else { String::new() };
             format!("[{}{more}]", few.join(", "))
         }
         other => cut(&escaped(other), n_char),
@@ -197,7 +204,9 @@ fn shown(value: &MetaValue, full: bool) -> String {
 /// Text with control characters spelled out: a file must not steer the terminal.
 fn escaped(value: &MetaValue) -> String {
     let text = value.to_string();
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+    text.chars()
+        .flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] })
+        .collect()
 }
 
 fn cut(text: &str, n_char: usize) -> String {
@@ -233,7 +242,11 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
     }
     say(format_args!("\ntensors by type"))?;
     for (ty, (n, n_elements, n_bytes)) in by_type(file) {
-        say(format_args!("  {ty:<8} {n:>5} tensors {:>10} weights {:>10}", short(n_elements as f64), bytes(n_bytes)))?;
+        say(format_args!(
+            "  {ty:<8} {n:>5} tensors {:>10} weights {:>10}",
+            short(n_elements as f64),
+            bytes(n_bytes)
+        ))?;
     }
     if args.tensors {
         say(format_args!("\ntensors"))?;
@@ -241,12 +254,20 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
         for tensor in file.tensors() {
             let name = escaped(&MetaValue::from(tensor.name.as_str()));
             let shape: Vec<String> = tensor.shape.iter().map(u64::to_string).collect();
-            say(format_args!("  {name:width$} {:<8} {:>20} {:>10}", tensor.ty, shape.join(" × "), bytes(tensor.n_bytes)))?;
+            say(format_args!(
+                "  {name:width$} {:<8} {:>20} {:>10}",
+                tensor.ty,
+                shape.join(" × "),
+                bytes(tensor.n_bytes)
+            ))?;
         }
     }
     match memory {
         Ok(table) => {
-            say(format_args!("\nmemory at a context of {} tokens (trained for {})", table.n_ctx, table.n_ctx_train))?;
+            say(format_args!(
+                "\nmemory at a context of {} tokens (trained for {})",
+                table.n_ctx, table.n_ctx_train
+            ))?;
             say(format_args!("  weights            {:>10}", bytes(table.weights)))?;
             for (name, n_bytes) in &table.kv {
                 say(format_args!("  KV cells, {name}      {:>10}", bytes(*n_bytes)))?;

@@ -109,7 +109,11 @@ const LATER: &[Later] = &[
     later("slot-prompt-similarity", Value, NO_CACHE).also(&["sps"]).quiet(&["0", "0.0"]),
     later("slot-save-path", Value, Warn("slots can't be saved to files yet")),
     later("keep", Value, Warn("nothing is ever dropped from a full context")).quiet(&["0", "-1"]),
-    later("context-shift", Nothing, Refuse("a full context ends the answer; dropping its beginning is not built yet")),
+    later(
+        "context-shift",
+        Nothing,
+        Refuse("a full context ends the answer; dropping its beginning is not built yet"),
+    ),
     later("no-context-shift", Nothing, AsAsked),
     later("spec-draft-n-min", Value, Warn("drafts of any length are verified; the text is the same"))
         .also(&["draft-min", "draft-n-min"])
@@ -119,7 +123,8 @@ const LATER: &[Later] = &[
         .also(&["draft-p-min"])
         .env("LLAMA_ARG_DRAFT_P_MIN")
         .quiet(&["0", "0.0"]),
-    later("spec-draft-p-split", Value, Warn("drafts do not branch yet; the text is the same")).also(&["draft-p-split"]),
+    later("spec-draft-p-split", Value, Warn("drafts do not branch yet; the text is the same"))
+        .also(&["draft-p-split"]),
     later("spec-branch-budget", Value, Warn("drafts do not branch yet; the text is the same"))
         .also(&["tree-budget"])
         .quiet(&["0"]),
@@ -128,7 +133,8 @@ const LATER: &[Later] = &[
         .env("LLAMA_ARG_CTX_SIZE_DRAFT")
         .quiet(&["0"]),
     later("spec-dflash-cross-ctx", Value, WHOLE_CONTEXT).quiet(&["0"]),
-    later("spec-draft-replace", Value, Refuse("a drafter must speak its target's vocabulary")).also(&["spec-replace"]),
+    later("spec-draft-replace", Value, Refuse("a drafter must speak its target's vocabulary"))
+        .also(&["spec-replace"]),
     later("mtp-head", Value, Refuse("prediction heads are not built yet")),
     later("threads-batch", Value, NO_POOLS).also(&["tb"]),
     later("spec-draft-threads", Value, NO_POOLS).also(&["td", "threads-draft"]),
@@ -155,7 +161,9 @@ const LATER: &[Later] = &[
     later("lora", Value, Refuse("adapters are not built yet")),
     later("lora-scaled", Value, Refuse("adapters are not built yet")),
     later("control-vector", Value, Refuse("control vectors are not built yet")),
-    later("mmproj", Value, Refuse("images and sound are not built yet")).also(&["mm"]).env("LLAMA_ARG_MMPROJ"),
+    later("mmproj", Value, Refuse("images and sound are not built yet"))
+        .also(&["mm"])
+        .env("LLAMA_ARG_MMPROJ"),
     later("mmproj-url", Value, Refuse("images and sound are not built yet")).also(&["mmu"]),
     later("no-mmproj", Nothing, AsAsked),
     later("grammar", Value, Refuse("grammars are not built yet")),
@@ -174,15 +182,21 @@ const LATER: &[Later] = &[
     later("yarn-beta-fast", Value, ROPE),
     later("mirostat", Value, Refuse("its state would make the text depend on the drafts")).quiet(&["0"]),
     later("logit-bias", Value, Refuse("give `logit_bias` with the request")),
-    later("embedding", Nothing, Refuse("embeddings are not built yet")).also(&["embeddings"]).env("LLAMA_ARG_EMBEDDINGS"),
-    later("reranking", Nothing, Refuse("embeddings are not built yet")).also(&["rerank"]).env("LLAMA_ARG_RERANKING"),
+    later("embedding", Nothing, Refuse("embeddings are not built yet"))
+        .also(&["embeddings"])
+        .env("LLAMA_ARG_EMBEDDINGS"),
+    later("reranking", Nothing, Refuse("embeddings are not built yet"))
+        .also(&["rerank"])
+        .env("LLAMA_ARG_RERANKING"),
     later("pooling", Value, Refuse("embeddings are not built yet")).env("LLAMA_ARG_POOLING"),
     later("model-url", Value, Refuse("give the file with -m or the repository with -hf")).also(&["mu"]),
     later("models-dir", Value, ROUTER).env("LLAMA_ARG_MODELS_DIR"),
     later("models-preset", Value, ROUTER).env("LLAMA_ARG_MODELS_PRESET"),
     later("models-max", Value, ROUTER).env("LLAMA_ARG_MODELS_MAX"),
-    later("ssl-key-file", Value, Refuse("TLS is not built yet: put a proxy in front")).env("LLAMA_ARG_SSL_KEY_FILE"),
-    later("ssl-cert-file", Value, Refuse("TLS is not built yet: put a proxy in front")).env("LLAMA_ARG_SSL_CERT_FILE"),
+    later("ssl-key-file", Value, Refuse("TLS is not built yet: put a proxy in front"))
+        .env("LLAMA_ARG_SSL_KEY_FILE"),
+    later("ssl-cert-file", Value, Refuse("TLS is not built yet: put a proxy in front"))
+        .env("LLAMA_ARG_SSL_CERT_FILE"),
     later("api-prefix", Value, Refuse("put a proxy in front")).env("LLAMA_ARG_API_PREFIX"),
 ];
 
@@ -229,7 +243,9 @@ impl Args for LaterFlags {
             arg = match later.takes {
                 Nothing => arg.action(ArgAction::SetTrue).value_parser(switch),
                 Value => arg.action(ArgAction::Set).value_name("X").allow_hyphen_values(true),
-                Optional => arg.action(ArgAction::Set).value_name("X").num_args(0..=1).default_missing_value("on"),
+                Optional => {
+                    arg.action(ArgAction::Set).value_name("X").num_args(0..=1).default_missing_value("on")
+                }
             };
             if let Some(name) = later.env {
                 arg = arg.env(name);
@@ -268,7 +284,8 @@ mod tests {
     fn check(name: &'static str, value: Option<&str>, expected: Result<&[&str], &str>) {
         let flags = LaterFlags { given: vec![(name, value.map(str::to_string))] };
         let got = flags.check().map_err(|e| e.to_string());
-        let expected = expected.map(|words| words.iter().map(|w| w.to_string()).collect()).map_err(str::to_string);
+        let expected =
+            expected.map(|words| words.iter().map(|w| w.to_string()).collect()).map_err(str::to_string);
         assert_eq!(got, expected);
     }
 
@@ -286,7 +303,8 @@ mod tests {
 
     #[test]
     fn names_are_unique() {
-        let mut names: Vec<&str> = LATER.iter().flat_map(|l| l.aliases.iter().copied().chain([l.name])).collect();
+        let mut names: Vec<&str> =
+            LATER.iter().flat_map(|l| l.aliases.iter().copied().chain([l.name])).collect();
         names.sort_unstable();
         let n = names.len();
         names.dedup();

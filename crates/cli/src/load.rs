@@ -29,6 +29,11 @@ use crate::{
 /// The largest block that any drafter file may ask for: rows of the drafter's memory beyond the context.
 const N_BLOCK_MAX: usize = 64;
 
+/// Tokens drafted per step if nothing is said: later positions are accepted rarely, and rows are not free. On the bundled
+/// pair 3 to 7 gain most (`paceline bench --spec-draft-n-max N`); real drafters accept less, and real targets make
+/// verified rows cheaper.
+const N_DRAFT_DEFAULT: usize = 7;
+
 /// Slots, if the number is left to us.
 const N_SLOT_AUTO: usize = 4;
 
@@ -71,7 +76,7 @@ pub struct Sizes {
     /// Rows of a step.
     pub n_ubatch: usize,
     /// Most tokens drafted, before the drafter's own limit.
-    pub n_draft_max: Option<usize>,
+    pub n_draft_max: usize,
     /// Storage of the target's cells.
     pub kv: KvType,
     /// Storage of the drafter's cells.
@@ -80,7 +85,12 @@ pub struct Sizes {
 
 impl Loaded {
     /// Opens, loads and checks what the flags name. `n_slot_auto` is the number of slots if they leave it open.
-    pub fn load(model: &ModelFlags, sizes: &SizeFlags, template: &TemplateFlags, one_slot: bool) -> Result<Loaded> {
+    pub fn load(
+        model: &ModelFlags,
+        sizes: &SizeFlags,
+        template: &TemplateFlags,
+        one_slot: bool,
+    ) -> Result<Loaded> {
         let (target_source, drafter_source) = (Source::target(model)?, Source::drafter(model)?);
         let target_file = target_source.open()?;
         check_kind(&target_file)?;
@@ -141,9 +151,7 @@ impl Loaded {
             }
             _ => None,
         };
-        let n_draft_max = drafter.as_ref().map_or(0, |d| {
-            sizes.n_draft_max.unwrap_or(usize::MAX).min(d.n_draft_max())
-        });
+        let n_draft_max = drafter.as_ref().map_or(0, |d| sizes.n_draft_max.min(d.n_draft_max()));
         let taps = drafter.as_ref().map_or(&[][..], |d| d.taps());
         let mut plan = PlanBuilder::new(taps);
         let logits = self.model.record(&mut plan);
@@ -198,7 +206,9 @@ impl Loaded {
             bytes(memory.slot_bytes),
         );
         if self.is_bundled {
-            info!("this is the bundled toy model, trained on synthetic stories: give a real one with -m or -hf");
+            info!(
+                "this is the bundled toy model, trained on synthetic stories: give a real one with -m or -hf"
+            );
         }
         if !self.no_warmup {
             let token = self.tokenizer.vocab().eos().unwrap_or(0);
@@ -239,7 +249,9 @@ impl Sizes {
                     .map_or(usize::MAX, |free| (free / 10 * 8 / cell_bytes.max(1)) as usize / n_slot);
                 let n_ctx = n_train.min(n_fit.max(N_CTX_MIN));
                 if n_ctx < n_train {
-                    warn!("context cut from {n_train}, the trained one, to {n_ctx} so that full slots fit into memory; -c sets it");
+                    warn!(
+                        "context cut from {n_train}, the trained one, to {n_ctx} so that full slots fit into memory; -c sets it"
+                    );
                 }
                 n_ctx
             }
@@ -257,7 +269,9 @@ impl Sizes {
         };
         info!("{n_slot} slots, each with a context of {n_ctx} tokens ({why})");
         if n_ctx > n_train {
-            warn!("the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot)");
+            warn!(
+                "the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot)"
+            );
         }
         let n_cell = if flags.kv_unified { n_ctx } else { n_ctx * n_slot };
         if let Some(free) = available_memory()
@@ -269,7 +283,15 @@ impl Sizes {
                 bytes(free)
             );
         }
-        Ok(Sizes { n_slot, n_ctx, n_cell, n_ubatch: flags.n_ubatch()?, n_draft_max: flags.spec_draft_n_max, kv, kv_draft })
+        Ok(Sizes {
+            n_slot,
+            n_ctx,
+            n_cell,
+            n_ubatch: flags.n_ubatch()?,
+            n_draft_max: flags.spec_draft_n_max.unwrap_or(N_DRAFT_DEFAULT),
+            kv,
+            kv_draft,
+        })
     }
 }
 
@@ -295,7 +317,10 @@ impl MemoryNeed {
 fn check_kind(file: &Gguf) -> Result<()> {
     match file.metadata().str("general.type")? {
         None | Some("model") => Ok(()),
-        Some(other) => bail!("{}: general.type: expected `model`, found `{other}`\nhint: give the model itself", file.name()),
+        Some(other) => bail!(
+            "{}: general.type: expected `model`, found `{other}`\nhint: give the model itself",
+            file.name()
+        ),
     }
 }
 
@@ -307,7 +332,9 @@ pub fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
             Ok(theirs) => {
                 let diff = ours.diff(&theirs);
                 if diff.only_special_ids() {
-                    info!("target and drafter differ in special tokens only ({diff}): fine, the target's count");
+                    info!(
+                        "target and drafter differ in special tokens only ({diff}): fine, the target's count"
+                    );
                 } else if !diff.is_same() {
                     bail!(
                         "{}: its vocabulary is not the target's: {diff}\nhint: use the drafter that was trained for {}, or go without (--no-draft)",
@@ -316,7 +343,9 @@ pub fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
                     );
                 }
             }
-            Err(error) => warn!("{}: its tokenizer can't be compared with the target's: {error}", drafter.name()),
+            Err(error) => {
+                warn!("{}: its tokenizer can't be compared with the target's: {error}", drafter.name())
+            }
         }
     }
     let window = |file: &Gguf| -> Result<Option<u32>> {
@@ -326,7 +355,11 @@ pub fn check_pair(target: &Gguf, ours: &Vocab, drafter: &Gguf) -> Result<()> {
     if let (Some(target_window), Some(drafter_window)) = (window(target)?, window(drafter)?)
         && target_window != drafter_window
     {
-        warn!(target_window, drafter_window, "sliding windows of target and drafter differ: acceptance may suffer, the text does not");
+        warn!(
+            target_window,
+            drafter_window,
+            "sliding windows of target and drafter differ: acceptance may suffer, the text does not"
+        );
     }
     Ok(())
 }

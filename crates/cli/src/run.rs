@@ -113,7 +113,9 @@ pub fn run(args: RunArgs) -> Result<()> {
             };
             session.one_shot(&mut engine, &text, prompt)
         }
-        None if session.args.no_chat => bail!("--no-chat: expected a prompt (-p TEXT or -f FILE), found none"),
+        None if session.args.no_chat => {
+            bail!("--no-chat: expected a prompt (-p TEXT or -f FILE), found none")
+        }
         None => session.converse(&mut engine, &chat),
     }
 }
@@ -178,7 +180,8 @@ impl Session {
             (Some(text), _) => Ok(Some(text.clone())),
             (None, Some(path)) if path.as_os_str() == "-" => Ok(Some(io::read_to_string(io::stdin())?)),
             (None, Some(path)) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("{}: can't read", path.display()))?;
                 Ok(Some(text))
             }
             (None, None) => Ok(None),
@@ -207,7 +210,9 @@ impl Session {
     fn converse(&self, engine: &mut Engine, chat: &Chat<'_>) -> Result<()> {
         let prompts = io::stdin().is_terminal();
         if prompts {
-            eprintln!("/clear begins anew, /stats shows figures, /exit or Ctrl-D ends; Ctrl-C stops an answer");
+            eprintln!(
+                "/clear begins anew, /stats shows figures, /exit or Ctrl-D ends; Ctrl-C stops an answer"
+            );
         }
         let system = self.args.system_prompt.iter().map(|text| json!({ "role": "system", "content": text }));
         let beginning: Vec<Value> = system.collect();
@@ -258,7 +263,7 @@ impl Session {
                 Err(error) => {
                     // Too long a conversation, for one: the chat goes on without this question.
                     messages.pop();
-                    eprintln!("error: {error:#}");
+                    eprintln!("error: {}", output::in_full(&error));
                 }
             }
         }

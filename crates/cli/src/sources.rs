@@ -11,7 +11,8 @@ use crate::{
 };
 
 /// The toy pair, so that everything runs on a fresh machine.
-const BUNDLED_TARGET: &[u8] = include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/bundled/target.gguf"));
+const BUNDLED_TARGET: &[u8] =
+    include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/bundled/target.gguf"));
 const BUNDLED_DRAFTER: &[u8] =
     include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/bundled/drafter.gguf"));
 
@@ -49,7 +50,8 @@ impl Source {
             return Ok(None);
         }
         let bundled_target = flags.model.is_none() && flags.hf_repo.is_none();
-        let drafter = given.or(bundled_target.then_some(Source::Bundled("bundled/drafter.gguf", BUNDLED_DRAFTER)));
+        let drafter =
+            given.or(bundled_target.then_some(Source::Bundled("bundled/drafter.gguf", BUNDLED_DRAFTER)));
         ensure!(
             drafter.is_some() || (flags.spec_type.is_none() && !flags.dflash),
             "--spec-type {} needs a drafter\nhint: give its file with -md or its repository with -hfd",
@@ -61,7 +63,9 @@ impl Source {
     /// A name for people and requests.
     pub fn name(&self) -> String {
         match self {
-            Source::Path(path) => path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned()),
+            Source::Path(path) => {
+                path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned())
+            }
             Source::Hub(model) => format!("{model:?}"),
             Source::Bundled(..) => "bundled".to_string(),
         }

@@ -27,9 +27,11 @@ fn chats(server: &Server, n: usize, temperature: f64) -> Vec<Ask<'_>> {
 #[test]
 fn as_many_chats_as_slots() {
     let alone = Server::start("-np 1");
-    for temperature in [0.0, 0.8] {
+    let want = [0.0, 0.8].map(|temperature| {
         let want: Vec<_> = chats(&alone, 8, temperature).into_iter().map(|ask| ask()).collect();
         assert!(want.iter().all(|(_, drafted)| drafted.is_some()));
+        (temperature, want)
+    });
         for (n, flags) in
             [(2, "-np 2"), (5, "-np 5 -ub 64"), (8, "-np 8"), (8, "-np 8 -b 256 -ub 64 -cd 256 -kvu")]
         {

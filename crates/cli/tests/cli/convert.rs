@@ -1,0 +1,43 @@
+//! `paceline convert`, and that what it writes runs.
+
+use crate::command::{paceline, repo_str};
+
+#[test]
+fn a_pair_is_converted_and_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (target, drafter) = (path("target.gguf"), path("drafter.gguf"));
+    let out = paceline(&["convert", &repo_str("goldens/qwen35"), &target, "--type", "f32"]).ok();
+    assert!(out.contains("qwen35") && out.contains("f32"), "{out}");
+    let target_dir = repo_str("goldens/qwen35");
+    paceline(&["convert", &repo_str("goldens/dflash"), &drafter, "--type", "f32", "--target", &target_dir])
+        .ok();
+
+    let run = |more: &[&str]| {
+        let mut args =
+            vec!["run", "-m", &target, "-p", "hello", "--raw", "-n", "24", "--temp", "0", "--json"];
+        args.extend(more);
+        paceline(&args).json()
+    };
+    let (plain, drafted) = (run(&[]), run(&["-md", &drafter]));
+    assert_eq!(plain["tokens"], drafted["tokens"]);
+    assert!(drafted["timings"]["draft_n"].as_u64() > Some(0), "{drafted}");
+
+    // A drafter of another target is refused, and says which part of the contract is broken.
+    let err =
+        paceline(&["run", "-md", &drafter, "-p", "x"]).fails_with(&["drafter.gguf", "vocabulary", "131"]);
+    assert!(err.contains("hint:"), "{err}");
+    // A drafter is no target, and a target no drafter.
+    paceline(&["run", "-m", &drafter, "-p", "x"]).fails_with(&["-md"]);
+    paceline(&["run", "-m", &target, "-md", &target, "-p", "x"]).fails_with(&["is not a drafter"]);
+}
+
+#[test]
+fn refusals() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("x.gguf");
+    let out = out.to_str().unwrap();
+    paceline(&["convert", dir.path().to_str().unwrap(), out]).fails_with(&["config.json"]);
+    paceline(&["convert", &repo_str("goldens/qwen35"), out, "--type", "q9_z"]).fails_with(&["q9_z", "q8_0"]);
+    assert!(!std::path::Path::new(out).exists(), "a failed conversion leaves nothing behind");
+}

@@ -1,0 +1,81 @@
+//! `paceline inspect`.
+
+use std::fs;
+
+use paceline_gguf::{GgmlType, Metadata, to_bytes};
+
+use crate::command::{paceline, repo_str};
+
+const TARGET: &str = "models/bundled/target.gguf";
+const DRAFTER: &str = "models/bundled/drafter.gguf";
+
+#[test]
+fn a_target() {
+    let shown = paceline(&["inspect", &repo_str(TARGET), "--json", "--tensors", "--ctx", "1000"]).json();
+    assert_eq!(shown["metadata"]["general.architecture"], "qwen35");
+    assert_eq!(shown["metadata"]["tokenizer.ggml.tokens"]["len"], 4096);
+    assert_eq!(shown["n_tensors"].as_u64(), Some(shown["tensors"].as_array().unwrap().len() as u64));
+    // Two attention layers of 2 KV heads of 64, keys and values of 2 bytes.
+    assert_eq!(shown["memory"]["kv_bytes"]["f16"], 2 * 2 * 2 * 64 * 2 * 1000);
+    assert!(shown["memory"]["slot_bytes"].as_u64() > Some(0));
+    assert!(shown["contract"].is_null());
+    let out = paceline(&["inspect", &repo_str(TARGET)]).ok();
+    for part in
+        ["qwen35.block_count", "q8_0", "KV cells, f16", "memory at a context of 4096", "… 4096 in all"]
+    {
+        assert!(out.contains(part), "{part} in {out}");
+    }
+    assert!(out.lines().all(|line| line.chars().count() < 400), "long values are cut");
+}
+
+#[test]
+fn a_drafter_with_and_without_its_target() {
+    let alone = paceline(&["inspect", &repo_str(DRAFTER)]).ok();
+    for part in ["block 16", "mask token 4095", "taps as written [2, 3, 5, 6, 7]", "not checked"] {
+        assert!(alone.contains(part), "{part} in {alone}");
+    }
+    let checked = paceline(&["inspect", &repo_str(DRAFTER), "--target", &repo_str(TARGET)]).ok();
+    assert!(checked.contains("taps [1, 2, 4, 5, 6] (from 0), block 16, mask token 4095"), "{checked}");
+    paceline(&["inspect", &repo_str(TARGET), "--target", &repo_str(TARGET)])
+        .fails_with(&["expected a drafter", "qwen35"]);
+}
+
+#[test]
+fn an_unknown_architecture_is_shown_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new.gguf");
+    let mut metadata = Metadata::new();
+    metadata.insert("general.architecture", "brandnew");
+    metadata.insert("general.name", "with a bell \u{7} in it");
+    let tensors = [("some.weight", [4, 2], GgmlType::F32, [0; 32])];
+    fs::write(&path, to_bytes(&metadata, &tensors).unwrap()).unwrap();
+    let out = paceline(&["inspect", path.to_str().unwrap(), "--tensors"]).ok();
+    for part in ["brandnew", "some.weight", "4 × 2", "memory: not known", "supported: qwen35", r"\u{7}"] {
+        assert!(out.contains(part), "{part} in {out}");
+    }
+}
+
+#[test]
+fn damaged_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = fs::read(repo_str(TARGET)).unwrap();
+    let check = |name: &str, bytes: &[u8], parts: &[&str]| {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        let err = paceline(&["inspect", path.to_str().unwrap()]).fails_with(parts);
+        assert!(err.contains(name), "{err}");
+        paceline(&["run", "-m", path.to_str().unwrap(), "-p", "x"]).fails_with(parts);
+    };
+    check("cut.gguf", &whole[..whole.len() - 1000], &["blk.7.ffn_down.weight", "truncated download"]);
+    check("head.gguf", &whole[..5000], &[]);
+    check("foreign.gguf", b"PK\x03\x04 an archive, not a model, of some length", &["GGUF"]);
+    check("empty.gguf", b"", &["empty"]);
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = dir.path().join("m-00001-of-00003.gguf");
+    fs::copy(repo_str(TARGET), &first).unwrap();
+    paceline(&["inspect", first.to_str().unwrap()]).fails_with(&["m-00002-of-00003.gguf"]);
+}

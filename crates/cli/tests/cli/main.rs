@@ -1,0 +1,10 @@
+//! The real binary, from the outside.
+
+mod bench;
+mod command;
+mod convert;
+mod flags;
+mod hub;
+mod inspect;
+mod run;
+mod serve;
