@@ -161,6 +161,10 @@ const FIM_END_TEXTS: &[&str] = &[
     "<|file_sep|>",
 ];
 
+/// Tags by which thoughts and tool calls are found in an answer. They show even where a file types them as control
+/// tokens: else an answer would begin with its thought, and nobody could tell where that ends.
+const TAG_TEXTS: &[&str] = &["<think>", "</think>", "<tool_call>", "</tool_call>"];
+
 /// Gemma 4 stops here to wait for a tool, although the token is shown like text.
 const GEMMA_END_TEXT: &str = "<|tool_response>";
 
@@ -171,6 +175,7 @@ pub struct Vocab {
     texts: Strings,
     outputs: Strings,
     kinds: Vec<TokenKind>,
+    tags: Vec<Token>,
     scores: Vec<f32>,
     by_text: HashMap<Box<[u8]>, Token, FxBuildHasher>,
     special: SpecialIds,
@@ -228,8 +233,11 @@ impl Vocab {
                 None => crate::pretokenizer::find(table.pre.as_deref())?.add_bos,
             },
         };
+        let tags: Vec<Token> =
+            TAG_TEXTS.iter().filter_map(|tag| by_text.get(tag.as_bytes()).copied()).collect();
         Ok(Vocab {
             model: table.model,
+            tags,
             texts,
             outputs,
             kinds,
@@ -267,9 +275,11 @@ impl Vocab {
 
     /// What the token adds to the output, which may be part of a UTF-8 character.
     ///
-    /// Control, unknown and unused tokens add nothing unless `show_special`.
+    /// Control, unknown and unused tokens add nothing unless `show_special`; tags of thoughts and tool calls always
+    /// do.
     pub fn bytes(&self, token: Token, show_special: bool) -> &[u8] {
         match self.kind(token) {
+            TokenKind::Control if self.tags.contains(&token) => &self.outputs[token as usize],
             TokenKind::Control | TokenKind::Unknown | TokenKind::Unused if !show_special => &[],
             _ => &self.outputs[token as usize],
         }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use paceline_gguf::Metadata;
 use paceline_text::bpe::char_of_byte;
-use paceline_text::{Encode, Token, TokenKind, TokenTable, Tokenizer, TokenizerModel, Vocab};
+use paceline_text::{Encode, StreamDecoder, Token, TokenKind, TokenTable, Tokenizer, TokenizerModel, Vocab};
 use proptest::prelude::*;
 
 const PARSED: Encode = Encode { add_bos: true, parse_special: true };
@@ -106,6 +106,21 @@ fn what_ends_an_answer() {
     // Typed as text by a careless converter, but a turn marker all the same.
     assert_eq!(vocab.kind(256), Control);
     assert_eq!(vocab.bytes(256, false), b"");
+}
+
+/// Files that type the tags as control tokens, which are not shown, would run thoughts into the answer.
+#[test]
+fn tags_of_thoughts_are_text() {
+    for kind in [Control, UserDefined, Normal] {
+        let metadata = metadata(&[("<think>", kind), ("</think>", kind), ("<|x|>", Control)], &[]);
+        let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+        let mut decoder = StreamDecoder::new(tokenizer.vocab().clone(), false);
+        let shown: String = [256, 97, 257, 98, 258].map(|token| decoder.push(token)).concat();
+        assert_eq!(shown, "<think>a</think>b", "{kind:?}");
+    }
+    let metadata = metadata(&[("<think>", Control)], &[]);
+    let tokenizer = Tokenizer::from_metadata(&metadata).unwrap();
+    assert_eq!(pieces(&tokenizer, "a<think>b"), "a·<think>·b");
 }
 
 #[test]
