@@ -14,6 +14,8 @@ from serving import Serving
 
 COUNT = [{"role": "user", "content": "Count from 3 in steps of 4, 12 numbers."}]
 STORY = [{"role": "user", "content": "Write a story about a lost kite."}]
+# An answer that the model ends by itself.
+CODE = [{"role": "user", "content": "Write a Python function add."}]
 PROMPT = "Once upon a time, there was a little girl named Lily."
 KEY = "a key of ours"
 
@@ -112,9 +114,9 @@ def test_stream_left_early(client):
 
 
 def test_stream_helper(client):
-    whole = chat(client)
-    fields = {"model": "m", "messages": COUNT, "max_tokens": 48, "temperature": 0, "seed": 1}
-    with client.chat.completions.stream(**{**fields, "model": whole.model}) as stream:
+    whole = chat(client, CODE)
+    fields = {"model": whole.model, "messages": CODE, "max_tokens": 48, "temperature": 0, "seed": 1}
+    with client.chat.completions.stream(**fields) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
     assert "content.delta" in events and "content.done" in events, events

@@ -32,21 +32,20 @@ fn as_many_chats_as_slots() {
         assert!(want.iter().all(|(_, drafted)| drafted.is_some()));
         (temperature, want)
     });
-        for (n, flags) in
-            [(2, "-np 2"), (5, "-np 5 -ub 64"), (8, "-np 8"), (8, "-np 8 -b 256 -ub 64 -cd 256 -kvu")]
-        {
-            let server = Server::shared(flags);
-            for _ in 0..2 {
-                let got = together(chats(&server, n, temperature));
-                for (i, (got, want)) in got.iter().zip(&want).enumerate() {
-                    assert_eq!(got, want, "`{flags}`, temperature {temperature}, {}", ASKED[i]);
-                }
+    for (n, flags) in
+        [(2, "-np 2"), (5, "-np 5 -ub 64"), (8, "-np 8"), (8, "-np 8 -b 256 -ub 64 -cd 256 -kvu")]
+    {
+        let server = Server::start(flags);
+        for (temperature, want) in &want {
+            let got = together(chats(&server, n, *temperature));
+            for (i, (got, want)) in got.iter().zip(want).enumerate() {
+                assert_eq!(got, want, "`{flags}`, temperature {temperature}, {}", ASKED[i]);
             }
-            let busy = server.metric("llamacpp:n_busy_slots_per_decode");
-            assert!(busy > 1.2, "the requests did not meet: {busy} slots per decode with `{flags}`");
-            server.wait_until_idle();
-            server.assert_clean();
         }
+        let busy = server.metric("llamacpp:n_busy_slots_per_decode");
+        assert!(busy > 1.2, "the requests did not meet: {busy} slots per decode with `{flags}`");
+        server.wait_until_idle();
+        server.assert_clean();
     }
 }
 

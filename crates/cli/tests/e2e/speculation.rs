@@ -156,6 +156,30 @@ fn stop_strings_inside_accepted_runs() {
     server.wait_until_idle();
 }
 
+/// Long, random and without a known end: where states that drifted apart would have turned to gibberish.
+#[test]
+fn a_thousand_tokens_at_temperature_one() {
+    let server = Server::shared("-np 2");
+    let more = json!({"temperature": 1.0, "top_k": 64, "top_p": 0.95, "n_predict": 1024, "ignore_eos": true});
+    let (answer, drafted) = native(&server, chat_prompt(ASKED[2]), &more);
+    assert_eq!(answer.n_predicted, 1024);
+    assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{drafted:?}");
+    assert_eq!(native(&server, chat_prompt(ASKED[2]), &plain(more)), (answer, None));
+}
+
+/// Flags that people give to other servers, some of which change nothing here.
+#[test]
+fn the_command_lines_that_people_have() {
+    let flags = "-np 2 -c 8192 -cd 256 -b 256 -ub 64 -ngl 99 -ngld 99 -fa on --jinja --spec-type draft-dflash \
+                 --draft-max 4 --draft-p-min 0.75 -ot token_embd.weight=CUDA0 --no-cache-prompt --no-cache-idle-slots";
+    let (server, usual) = (Server::start(flags), Server::shared("-np 2"));
+    let reply = server.ok("/completion", &native_body(chat_prompt(ASKED[0]), &json!({})));
+    let longest = reply["speculative"]["by_position"].as_array().map_or(0, Vec::len);
+    assert_eq!(longest, 4, "{}", reply["speculative"]);
+    let usual = native(&usual, chat_prompt(ASKED[0]), &json!({"speculative.n_max": 4}));
+    assert_eq!(of_native(&reply), usual);
+}
+
 #[test]
 fn what_speculation_did_is_said() {
     let server = Server::shared("-np 2");
