@@ -1,7 +1,8 @@
 //! Recording a plan: code that reads like eager maths and leaves a list of ops.
 
-use crate::plan::{
-    AttentionOp, Buf, BufDecl, HeadMap, Op, Plan, RopeSpec, Rows, StateId, WeightId,
+use crate::{
+    op::{AttentionOp, HeadMap, Op, RopeSpec},
+    plan::{Buf, BufDecl, Plan, Rows, StateId, WeightId},
 };
 
 /// A weight matrix that a backend holds: `y[o] = Σ_i W[o, i] x[i]`.
@@ -41,11 +42,16 @@ impl<'a> PlanBuilder<'a> {
 
     /// The finished plan; `output` is what [`StepOut::output`](crate::StepOut) will hold.
     ///
-    /// Panics if a tap layer was never offered through [`tap`](Self::tap).
+    /// Panics if a tap layer was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
+    /// computing what nobody wants is a slip in the model's code.
     pub fn finish(self, output: Option<Buf>) -> Plan {
         let placed = self.ops.iter().filter(|op| matches!(op, Op::Place { .. })).count();
         assert_eq!(placed, self.tap_layers.len(), "tap layers {:?} were not all reached", self.tap_layers);
-        Plan::new(self.ops, self.bufs, output, self.taps)
+        let plan = Plan::new(self.ops, self.bufs, output, self.taps);
+        if let Some(op) = plan.unread() {
+            panic!("nothing reads the result of {op:?} in\n{plan}");
+        }
+        plan
     }
 
     fn buf(&mut self, width: usize, rows: Rows) -> Buf {
@@ -77,6 +83,12 @@ impl<'a> PlanBuilder<'a> {
             b.width,
             b.rows
         );
+    }
+
+    /// Positions and states belong to the rows of the step, not to those selected for output.
+    fn all_rows(&self, what: &str, buf: Buf) {
+        let rows = self.decl(buf).rows;
+        assert!(rows == Rows::Batch, "{what}: {rows:?} rows where those of the batch are needed");
     }
 
     /// `[n] -> [n, n_embd]`: rows of the token embedding table, times `scale`.
@@ -137,7 +149,13 @@ impl<'a> PlanBuilder<'a> {
     /// Rotary embedding of heads of `head_dim` values.
     pub fn rope(&mut self, src: Buf, head_dim: usize, rope: &RopeSpec) -> Buf {
         let width = self.width(src);
-        assert!(width % head_dim == 0 && rope.n_rot <= head_dim && rope.n_rot % 2 == 0, "rope: {width} {rope:?}");
+        self.all_rows("rope", src);
+        assert_eq!(width % head_dim, 0, "rope: {width} values in heads of {head_dim}");
+        let n_rot = rope.n_rot;
+        assert!(
+            n_rot <= head_dim && n_rot.is_multiple_of(2),
+            "rope: {n_rot} rotated dimensions of {head_dim}"
+        );
         let dst = self.like(src);
         self.ops.push(Op::Rope { src, dst, head_dim, rope: rope.clone() });
         dst
@@ -146,6 +164,7 @@ impl<'a> PlanBuilder<'a> {
     /// Writes keys and values of each row into its cell of `state`.
     pub fn kv_append(&mut self, state: StateId, k: Buf, v: Buf) {
         self.same_shape("kv_append", k, v);
+        self.all_rows("kv_append", k);
         self.ops.push(Op::KvAppend { state, k, v });
     }
 
@@ -153,15 +172,24 @@ impl<'a> PlanBuilder<'a> {
     pub fn attention(&mut self, make: impl FnOnce(Buf) -> AttentionOp) -> Buf {
         // The destination needs the width of the queries, which only the op knows.
         let op = make(Buf(u32::MAX));
+        self.all_rows("attention", op.q);
         let dst = self.like(op.q);
-        assert_eq!(self.width(op.q) % op.n_head, 0, "attention: {} values in {} heads", self.width(op.q), op.n_head);
+        assert_eq!(
+            self.width(op.q) % op.n_head,
+            0,
+            "attention: {} values in {} heads",
+            self.width(op.q),
+            op.n_head
+        );
         self.ops.push(Op::Attention(AttentionOp { dst, ..op }));
         dst
     }
 
     /// Depthwise causal convolution with SiLU.
     pub fn short_conv(&mut self, state: StateId, src: Buf, weight: &Matrix) -> Buf {
-        assert_eq!(self.width(src), weight.n_out, "short_conv: channels");
+        self.all_rows("short_conv", src);
+        let width = self.width(src);
+        assert_eq!(width, weight.n_out, "short_conv: {width} values for {} channels", weight.n_out);
         let dst = self.like(src);
         self.ops.push(Op::ShortConv { state, weight: weight.id, src, dst });
         dst
@@ -170,7 +198,11 @@ impl<'a> PlanBuilder<'a> {
     /// Decay and beta of a gated delta rule from their projections.
     pub fn delta_gates(&mut self, alpha: Buf, b: Buf, dt_bias: &Vector, a: &Vector) -> (Buf, Buf) {
         self.same_shape("delta_gates", alpha, b);
-        assert!(self.width(alpha) == dt_bias.len && dt_bias.len == a.len, "delta_gates: heads");
+        let (width, n_bias, n_a) = (self.width(alpha), dt_bias.len, a.len);
+        assert!(
+            width == n_bias && width == n_a,
+            "delta_gates: {width} heads, dt_bias of {n_bias}, a of {n_a}"
+        );
         let (decay, beta) = (self.like(alpha), self.like(alpha));
         self.ops.push(Op::DeltaGates { alpha, b, dt_bias: dt_bias.id, a: a.id, decay, beta });
         (decay, beta)
@@ -186,6 +218,11 @@ impl<'a> PlanBuilder<'a> {
         heads: HeadMap,
         eps: f32,
     ) -> Buf {
+        self.same_shape("delta_rule: decay and beta", decay, beta);
+        self.all_rows("delta_rule", qkv);
+        self.all_rows("delta_rule", decay);
+        let n_head_v = self.width(decay);
+        assert_eq!(width % n_head_v, 0, "delta_rule: {width} values in {n_head_v} heads");
         let dst = self.buf(width, Rows::Batch);
         self.ops.push(Op::DeltaRule { state, qkv, decay, beta, dst, heads, eps });
         dst
@@ -226,6 +263,7 @@ impl<'a> PlanBuilder<'a> {
 
     /// Offers the hidden state after layer `il`; kept only if somebody asked for it.
     pub fn tap(&mut self, il: usize, x: Buf) {
+        self.all_rows("tap", x);
         let width = self.width(x);
         for (i, _) in self.tap_layers.iter().enumerate().filter(|&(_, &layer)| layer == il) {
             let dst = match self.taps {
@@ -239,9 +277,113 @@ impl<'a> PlanBuilder<'a> {
 
     /// `[n, w] -> [n_out, w]`: the rows whose output is wanted.
     pub fn select_outputs(&mut self, src: Buf) -> Buf {
+        self.all_rows("select_outputs", src);
         let width = self.width(src);
         let dst = self.buf(width, Rows::Output);
         self.ops.push(Op::SelectOutputs { src, dst });
         dst
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+    use crate::{BlockMask, Pairing};
+
+    fn matrix(n_in: usize, n_out: usize) -> Matrix {
+        Matrix { id: WeightId(0), n_in, n_out }
+    }
+
+    fn vector(len: usize) -> Vector {
+        Vector { id: WeightId(0), len }
+    }
+
+    /// `record` is given rows of 6 values, rows of 4, and output rows of 4; it must panic with `message`.
+    fn check(record: impl Fn(&mut PlanBuilder<'_>, [Buf; 3]), message: &str) {
+        let mut p = PlanBuilder::new(&[0]);
+        let (six, four) = (p.input(6), p.input(4));
+        let out = p.select_outputs(four);
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            record(&mut p, [six, four, out]);
+            p.finish(None);
+        }))
+        .expect_err(message);
+        let got = panic.downcast_ref::<String>().expect("a panic with a message");
+        assert!(got.contains(message), "{got}, expected {message}");
+    }
+
+    #[test]
+    fn mismatched_shapes_panic_with_both() {
+        let rope = RopeSpec { n_rot: 4, base: 1e4, pairing: Pairing::HalfSplit, factors: None };
+        check(|p, [six, four, _]| _ = p.add(six, four), "add: 6 values of Batch rows against 4 of Batch");
+        check(|p, [_, four, out]| _ = p.add(four, out), "add: 4 values of Batch rows against 4 of Output");
+        check(|p, [six, four, _]| _ = p.silu_mul(six, four), "silu_mul: 6 values of Batch rows against 4");
+        check(
+            |p, [six, four, _]| _ = p.sigmoid_mul(six, four),
+            "sigmoid_mul: 6 values of Batch rows against 4",
+        );
+        check(|p, [six, ..]| _ = p.matmul(six, &matrix(5, 2)), "matmul: input of 6 values for a weight of 5");
+        check(
+            |p, [six, ..]| _ = p.matmul_bias(six, &matrix(6, 2), Some(&vector(3))),
+            "matmul: bias of 3 for 2 outputs",
+        );
+        check(|p, [six, ..]| _ = p.rms_norm(six, &vector(4), 0.0), "rms_norm: 6 values in groups of 4");
+        check(
+            |p, [six, four, _]| _ = p.gated_rms_norm(six, four, &vector(2), 0.0),
+            "gated_rms_norm: 6 values of Batch rows against 4",
+        );
+        check(|p, [six, ..]| _ = p.rope(six, 4, &rope), "rope: 6 values in heads of 4");
+        check(|p, [_, four, _]| _ = p.rope(four, 2, &rope), "rope: 4 rotated dimensions of 2");
+        check(|p, [_, _, out]| _ = p.rope(out, 4, &rope), "rope: Output rows where those of the batch");
+        check(
+            |p, [six, four, _]| p.kv_append(StateId(0), six, four),
+            "kv_append: 6 values of Batch rows against 4",
+        );
+        let attend = |p: &mut PlanBuilder<'_>, q, n_head| {
+            p.attention(|dst| AttentionOp {
+                state: StateId(0),
+                q,
+                dst,
+                n_head,
+                scale: 1.0,
+                mask: BlockMask::Causal,
+                window: None,
+                sinks: None,
+            })
+        };
+        check(|p, [six, ..]| _ = attend(p, six, 4), "attention: 6 values in 4 heads");
+        check(|p, [_, _, out]| _ = attend(p, out, 4), "attention: Output rows");
+        check(
+            |p, [six, ..]| _ = p.short_conv(StateId(0), six, &matrix(4, 5)),
+            "short_conv: 6 values for 5 channels",
+        );
+        check(
+            |p, [six, ..]| _ = p.delta_gates(six, six, &vector(6), &vector(5)),
+            "delta_gates: 6 heads, dt_bias of 6, a of 5",
+        );
+        check(
+            |p, [six, four, _]| _ = p.delta_rule(StateId(0), six, (four, six), 4, HeadMap::Tiled, 0.0),
+            "delta_rule: decay and beta: 4 values of Batch rows against 6",
+        );
+        check(
+            |p, [six, four, _]| _ = p.delta_rule(StateId(0), six, (four, four), 6, HeadMap::Tiled, 0.0),
+            "delta_rule: 6 values in 4 heads",
+        );
+        check(|p, [six, ..]| _ = p.columns(six, 4, 0, 2), "columns: 0+2 of 4 in 6");
+        check(|p, [_, _, out]| p.tap(0, out), "tap: Output rows");
+        check(|p, [_, _, out]| _ = p.select_outputs(out), "select_outputs: Output rows");
+    }
+
+    #[test]
+    fn a_plan_must_reach_its_taps_and_use_what_it_computes() {
+        check(|_, _| (), "tap layers [0] were not all reached");
+        check(|p, [six, ..]| p.tap(0, six), "nothing reads the result of SelectOutputs");
+        // What only a state sees is read.
+        let mut p = PlanBuilder::new(&[]);
+        let x = p.input(4);
+        p.kv_append(StateId(0), x, x);
+        assert_eq!(p.finish(None).unread().map(|op| format!("{op:?}")), None);
     }
 }

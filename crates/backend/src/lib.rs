@@ -15,15 +15,17 @@
 //! row that is not [certain](Lane::n_certain), and a KV cell behind the committed length is never read.
 
 mod builder;
+pub mod conformance;
 pub mod cpu;
+mod display;
+mod op;
 mod plan;
+mod schedule;
 mod step;
 
 pub use builder::{Matrix, PlanBuilder, Vector};
-pub use plan::{
-    AttentionOp, BlockMask, Buf, BufDecl, BufRange, HeadMap, Op, Plan, RopeSpec, Rows, StateDecl, StateId,
-    WeightId,
-};
+pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
+pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SlotId, Step, StepOut};
 
 use std::{any::Any, sync::Arc};
@@ -38,7 +40,9 @@ pub type Token = u32;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A weight's type has no kernel here.
-    #[error("{file}: tensor `{tensor}` has type {ty}, which this backend cannot compute with; supported: {supported}")]
+    #[error(
+        "{file}: tensor `{tensor}` has type {ty}, which this backend cannot compute with; supported: {supported}"
+    )]
     UnsupportedType {
         /// File that the tensor comes from.
         file: String,

@@ -30,6 +30,14 @@ pub struct Lane<'a> {
     pub slot: Option<SlotId>,
 }
 
+impl Lane<'_> {
+    /// The slot, for ops that need one.
+    pub(crate) fn recurrent_slot(&self) -> SlotId {
+        let Some(slot) = self.slot else { panic!("rows {:?}: a recurrent layer and no slot", self.rows) };
+        slot
+    }
+}
+
 /// One forward: `n` rows of several lanes.
 #[derive(Clone, Debug)]
 pub struct Step<'a> {
@@ -58,7 +66,12 @@ impl Step<'_> {
         for lane in self.lanes {
             assert_eq!(lane.rows.start, next, "lanes must cover the rows in order");
             assert!(!lane.rows.is_empty(), "a lane without rows");
-            assert!(lane.n_certain <= lane.rows.len(), "{} certain of {} rows", lane.n_certain, lane.rows.len());
+            assert!(
+                lane.n_certain <= lane.rows.len(),
+                "{} certain of {} rows",
+                lane.n_certain,
+                lane.rows.len()
+            );
             let cells = lane.n_past + lane.rows.len();
             assert!(lane.pages.len() * page_len >= cells, "{} pages for {cells} cells", lane.pages.len());
             next = lane.rows.end;

@@ -12,6 +12,13 @@ use super::{
     weights::Weight,
 };
 
+/// Waves of less estimated work than this run on the calling thread: sharing one costs about a microsecond, more
+/// if a thread sleeps.
+pub(super) const SHARE_FROM: Nanos = 4_000;
+
+/// Estimated time of one thread. Only the choice between sharing a wave and not depends on it, never a value.
+pub(super) type Nanos = usize;
+
 /// A plan on the CPU. One serves every number of rows.
 pub(super) struct CpuExec {
     plan: Arc<Plan>,
@@ -21,6 +28,11 @@ pub(super) struct CpuExec {
     table: &'static KernelTable,
     /// Arenas of batch and of output rows: buffer `b` lies at `offset(b) · n` and has `width(b) · n` values.
     arenas: [Vec<f32>; 2],
+    share_from: Nanos,
+    /// Lane of each row of the step.
+    lane_of_row: Vec<u32>,
+    /// For each op of a wave, the number of tiles up to its end.
+    ends: Vec<usize>,
 }
 
 /// What every tile of a step sees.
@@ -29,12 +41,10 @@ pub(super) struct Cx<'a> {
     pub step: &'a Step<'a>,
     pub table: &'static KernelTable,
     pub page_len: usize,
-    pub n_tentative_max: usize,
     pub pages: SharedMut<'a, Option<PageData>>,
-    pub slot_data: Vec<SharedMut<'a, f32>>,
-    pub slot_window: Vec<SharedMut<'a, f32>>,
-    /// Lane of each row.
-    pub lane_of_row: Vec<u32>,
+    pub slots: SharedMut<'a, f32>,
+    pub windows: SharedMut<'a, f32>,
+    pub lane_of_row: &'a [u32],
     arenas: [SharedMut<'a, f32>; 2],
 }
 
@@ -95,7 +105,22 @@ impl CpuExec {
         weight: impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuExec {
         let ops = plan.ops.iter().map(|op| CpuOp::new(op, &plan, &states, &weight)).collect();
-        CpuExec { plan, ops, states, team, table, arenas: [Vec::new(), Vec::new()] }
+        CpuExec {
+            plan,
+            ops,
+            states,
+            team,
+            table,
+            arenas: [Vec::new(), Vec::new()],
+            share_from: SHARE_FROM,
+            lane_of_row: Vec::new(),
+            ends: Vec::new(),
+        }
+    }
+
+    /// Shares waves from this much estimated work on.
+    pub fn share_from(self, share_from: Nanos) -> CpuExec {
+        CpuExec { share_from, ..self }
     }
 }
 
@@ -104,16 +129,21 @@ impl Exec for CpuExec {
         let config = crate::States::config(&self.states);
         step.check(config.page_len);
         let plan = &*self.plan;
-        for (arena, (width, n)) in
-            self.arenas.iter_mut().zip(plan.arena_width.into_iter().zip([step.n_rows(), step.outputs.len()]))
-        {
+        let sizes = plan.arena_width.into_iter().zip([step.n_rows(), step.outputs.len()]);
+        for (arena, (width, n)) in self.arenas.iter_mut().zip(sizes) {
             if arena.len() < width * n {
                 arena.resize(width * n, 0.0);
+            }
+            if cfg!(debug_assertions) {
+                // Whoever reads what no op of this step wrote shall notice.
+                arena.fill(f32::NAN);
             }
         }
         let mut inner = self.states.lock();
         let inner = &mut *inner;
-        for lane in step.lanes {
+        self.lane_of_row.resize(step.n_rows(), 0);
+        for (i, lane) in step.lanes.iter().enumerate() {
+            self.lane_of_row[lane.rows.clone()].fill(i as u32);
             if let Some(slot) = lane.slot {
                 let n_tentative = lane.rows.len() - lane.n_certain;
                 assert!(
@@ -124,41 +154,39 @@ impl Exec for CpuExec {
                 inner.n_tentative[slot.0 as usize] = n_tentative;
             }
         }
-        let (slot_data, slot_window) = inner
-            .slots
-            .iter_mut()
-            .map(|store| (SharedMut::new(&mut store.data), SharedMut::new(&mut store.window)))
-            .unzip();
-        let mut lane_of_row = vec![0; step.n_rows()];
-        for (i, lane) in step.lanes.iter().enumerate() {
-            lane_of_row[lane.rows.clone()].fill(i as u32);
-        }
         let [batch, output] = &mut self.arenas;
         let cx = Cx {
             plan,
             step,
             table: self.table,
             page_len: config.page_len,
-            n_tentative_max: config.n_tentative_max,
             pages: SharedMut::new(&mut inner.pages),
-            slot_data,
-            slot_window,
-            lane_of_row,
+            slots: SharedMut::new(&mut inner.slots),
+            windows: SharedMut::new(&mut inner.windows),
+            lane_of_row: &self.lane_of_row,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
         };
-        let mut ends = Vec::new();
+        let n_threads = self.team.n_threads();
         for wave in &plan.waves {
-            // The tiles of a wave's ops, one after the other, so that a short op leaves nobody waiting.
-            ends.clear();
-            let mut n_tiles = 0;
-            for op in &self.ops[wave.clone()] {
-                n_tiles += op.n_tiles(&cx, self.team.n_threads());
-                ends.push(n_tiles);
+            let ops = &self.ops[wave.clone()];
+            if n_threads == 1 || ops.iter().map(|op| op.work(&cx)).sum::<Nanos>() < self.share_from {
+                for op in ops {
+                    (0..op.n_tiles(&cx, 1)).for_each(|tile| op.run(&cx, 1, tile));
+                }
+                continue;
             }
+            // The tiles of a wave's ops, one after the other, so that a short op leaves nobody waiting.
+            self.ends.clear();
+            let mut n_tiles = 0;
+            for op in ops {
+                n_tiles += op.n_tiles(&cx, n_threads);
+                self.ends.push(n_tiles);
+            }
+            let ends = &self.ends;
             self.team.for_each(n_tiles, &|tile| {
                 let at = ends.partition_point(|&end| end <= tile);
                 let first = if at == 0 { 0 } else { ends[at - 1] };
-                self.ops[wave.start + at].run(&cx, self.team.n_threads(), tile - first);
+                ops[at].run(&cx, n_threads, tile - first);
             });
         }
         let copy = |buf: Option<Buf>, to: &mut Vec<f32>| {

@@ -4,6 +4,8 @@
 mod exec;
 mod ops;
 mod states;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 use std::{
@@ -15,7 +17,7 @@ use paceline_kernels::{KernelTable, Team};
 
 use crate::{Backend, Error, Exec, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
 
-use exec::CpuExec;
+use exec::{CpuExec, Nanos, SHARE_FROM};
 use states::CpuStates;
 use weights::Weight;
 
@@ -24,6 +26,8 @@ pub struct CpuBackend {
     team: Arc<Team>,
     table: &'static KernelTable,
     weights: RwLock<Vec<Arc<Weight>>>,
+    /// Waves of less work than this stay on the calling thread.
+    share_from: Nanos,
 }
 
 impl CpuBackend {
@@ -35,7 +39,8 @@ impl CpuBackend {
             n => n,
         };
         let table = KernelTable::best().map_err(|e| Error::Kernels(e.to_string()))?;
-        Ok(CpuBackend { team: Arc::new(Team::new(n_threads)), table, weights: RwLock::default() })
+        let team = Arc::new(Team::new(n_threads));
+        Ok(CpuBackend { team, table, weights: RwLock::default(), share_from: SHARE_FROM })
     }
 
     /// Threads that compute.
@@ -74,6 +79,7 @@ impl Backend for CpuBackend {
         // An Arc of the trait can't be turned into one of the type, so the states are cloned: a handle.
         let any: &dyn Any = states.as_any();
         let states = any.downcast_ref::<CpuStates>().ok_or(Error::ForeignStates("cpu"))?.handle();
-        Ok(Box::new(CpuExec::new(plan, states, self.team.clone(), self.table, |id| self.weight(id))))
+        let exec = CpuExec::new(plan, states, self.team.clone(), self.table, |id| self.weight(id));
+        Ok(Box::new(exec.share_from(self.share_from)))
     }
 }

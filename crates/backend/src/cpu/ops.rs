@@ -19,15 +19,19 @@ use paceline_kernels::{
 use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, RopeSpec, StateDecl, States, WeightId};
 
 use super::{
-    exec::Cx,
-    states::{CpuStates, DeltaWindow, shift_in},
+    exec::{Cx, Nanos},
+    states::{CpuStates, DeltaWindow, SlotLayout, shift_in},
     weights::Weight,
 };
 
 /// Values that a tile of an elementwise op handles, about.
 const TILE_VALUES: usize = 8192;
+/// Query heads that read a page together.
+const HEADS_AT_ONCE: usize = 8;
 /// Channels that a tile of a convolution handles.
 const TILE_CHANNELS: usize = 256;
+/// Taps of a convolution that need no allocation; known models have 4.
+const TAPS_ON_STACK: usize = 8;
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
@@ -40,6 +44,7 @@ struct Scratch {
     out: Vec<f32>,
     state: Vec<f32>,
     turns: Vec<rope::Turn>,
+    tail: Vec<f32>,
 }
 
 /// Where a KV state lies in a page.
@@ -58,20 +63,21 @@ pub(super) struct CpuOp {
     small: Option<Arc<Weight>>,
     rope: Option<RopeTable>,
     kv: Option<KvPlace>,
-    state: Option<(usize, StateDecl)>,
+    slot: Option<(SlotLayout, StateDecl)>,
 }
 
 impl CpuOp {
     pub fn new(op: &Op, plan: &Plan, states: &CpuStates, weight: &impl Fn(WeightId) -> Arc<Weight>) -> CpuOp {
-        let mut this = CpuOp { op: op.clone(), weight: None, small: None, rope: None, kv: None, state: None };
+        let mut this = CpuOp { op: op.clone(), weight: None, small: None, rope: None, kv: None, slot: None };
         let kv = |state: crate::StateId| {
             let at = state.0 as usize;
             match states.decls()[at] {
-                StateDecl::Kv { n_head, head_dim } => KvPlace { offset: states.page_offset(at), n_head, head_dim },
+                StateDecl::Kv { n_head, head_dim } => {
+                    KvPlace { offset: states.page_offset(at), n_head, head_dim }
+                }
                 ref other => panic!("{other:?} is no KV state"),
             }
         };
-        let slot_state = |state: crate::StateId| (state.0 as usize, states.decls()[state.0 as usize].clone());
         match op {
             Op::Embed { table, dst, .. } => {
                 let table = weight(*table);
@@ -85,7 +91,9 @@ impl CpuOp {
                 this.small = bias.map(weight);
             }
             Op::RmsNorm { weight: id, .. } => this.weight = id.map(weight),
-            Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => this.weight = Some(weight(*id)),
+            Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
+                this.weight = Some(weight(*id))
+            }
             Op::Rope { rope: RopeSpec { n_rot, base, factors, .. }, .. } => {
                 let factors = factors.map(weight);
                 let factors = factors.as_ref().map(|f| f.floats());
@@ -109,7 +117,8 @@ impl CpuOp {
             _ => {}
         }
         if let Op::ShortConv { state, .. } | Op::DeltaRule { state, .. } = op {
-            this.state = Some(slot_state(*state));
+            let at = state.0 as usize;
+            this.slot = Some((states.layout(at), states.decls()[at].clone()));
         }
         this
     }
@@ -138,14 +147,46 @@ impl CpuOp {
             Op::KvAppend { .. } => cx.step.lanes.len(),
             Op::Attention(_) => cx.step.n_rows() * self.kv().n_head,
             Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
-            Op::DeltaRule { .. } => match self.state {
-                Some((_, StateDecl::Delta { n_head_v, .. })) => cx.step.lanes.len() * n_head_v,
-                _ => unreachable!("a delta rule over a delta state"),
-            },
+            Op::DeltaRule { .. } => cx.step.lanes.len() * self.delta().1.n_head_v,
             op => {
                 let dst = row_wise_dst(op);
                 cx.n_rows(dst).div_ceil(row_chunk(cx.plan.width(dst)))
             }
+        }
+    }
+
+    /// About how long this op takes one thread. The factors are measured on one machine and right within two or
+    /// three times elsewhere, which is enough to tell a wave worth sharing.
+    pub fn work(&self, cx: &Cx<'_>) -> Nanos {
+        let values = |buf: Buf| cx.n_rows(buf) * cx.plan.width(buf);
+        match &self.op {
+            // Widening a weight costs about as much as four products with it.
+            Op::MatMul { src, dst, .. } => {
+                cx.plan.width(*src) * cx.plan.width(*dst) * (4 + cx.n_rows(*dst)) / 64
+            }
+            Op::Attention(op) => {
+                let lanes = cx.step.lanes.iter();
+                let cells: usize = lanes.map(|lane| lane.rows.len() * (lane.n_past + lane.rows.len())).sum();
+                cells * op.n_head * (20 + self.kv().head_dim / 4)
+            }
+            Op::DeltaRule { .. } => cx.step.n_rows() * self.delta().1.state_len() / 8,
+            // An exponential for every value.
+            Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
+            Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
+            Op::DeltaGates { decay, .. } => 20 * values(*decay),
+            // A sine and a cosine for every pair, once for all heads.
+            Op::Rope { dst, rope, .. } => cx.n_rows(*dst) * rope.n_rot * 10 + values(*dst) / 2,
+            Op::KvAppend { k, .. } => values(*k),
+            op => values(row_wise_dst(op)) / 2,
+        }
+    }
+
+    fn delta(&self) -> (SlotLayout, DeltaWindow, usize) {
+        match self.slot {
+            Some((layout, StateDecl::Delta { n_head_k, n_head_v, dim_k, dim_v })) => {
+                (layout, DeltaWindow { n_head_v, dim_k, dim_v }, n_head_k)
+            }
+            _ => panic!("a delta rule over a state of another kind"),
         }
     }
 
@@ -206,7 +247,8 @@ impl CpuOp {
                 let w = self.weight().floats();
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
-                let groups = cx.row(*src, row).chunks_exact(*group).zip(cx.row(*gate, row).chunks_exact(*group));
+                let groups =
+                    cx.row(*src, row).chunks_exact(*group).zip(cx.row(*gate, row).chunks_exact(*group));
                 for ((x, z), out) in groups.zip(out.chunks_exact_mut(*group)) {
                     norm::gated_rms_norm(x, w, z, *eps, out);
                 }
@@ -225,7 +267,8 @@ impl CpuOp {
                 });
             }
             Op::DeltaGates { alpha, b, decay, beta, .. } => {
-                let (dt_bias, a) = (self.weight().floats(), self.small.as_ref().map_or(&[][..], |w| w.floats()));
+                let (dt_bias, a) =
+                    (self.weight().floats(), self.small.as_ref().map_or(&[][..], |w| w.floats()));
                 // SAFETY: see above; the two destinations are different buffers.
                 let (decay, beta) = unsafe { (cx.row_mut(*decay, row), cx.row_mut(*beta, row)) };
                 let (alpha, b) = (cx.row(*alpha, row), cx.row(*b, row));
@@ -304,7 +347,9 @@ impl CpuOp {
             // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles the
             // whole lane, and no op reads pages in this wave.
             let page = unsafe { &mut cx.pages.range(page..page + 1)[0] };
-            let Some(page) = page else { panic!("a KV page without storage") };
+            let Some(page) = page else {
+                panic!("KV page {} has no storage", lane.pages[cell / cx.page_len].0)
+            };
             write_row(cx.row(k, row), page.write(at, width));
             write_row(cx.row(v, row), page.write(at + cx.page_len * width, width));
         }
@@ -317,98 +362,113 @@ impl CpuOp {
         let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
         let visible = visible_cells(lane, row - lane.rows.start, op.mask, op.window);
         let per_kv = op.n_head / n_head;
-        for head in head_kv * per_kv..(head_kv + 1) * per_kv {
-            let columns = head * head_dim..(head + 1) * head_dim;
-            let q = &cx.row(op.q, row)[columns.clone()];
-            // SAFETY: this tile alone writes the heads of this group in this row.
-            let out = unsafe { cx.part_mut(op.dst, row, columns) };
-            let mut softmax = RunningSoftmax::new(cx.table, Query { q, scale: op.scale, softcap: None }, out);
+        let heads = head_kv * per_kv..(head_kv + 1) * per_kv;
+        // All heads take a page before any takes the next, so that its cells are read from memory once.
+        for first_head in heads.clone().step_by(HEADS_AT_ONCE) {
+            let mut sums: [Option<RunningSoftmax<'_>>; HEADS_AT_ONCE] = [const { None }; HEADS_AT_ONCE];
+            let heads = first_head..heads.end.min(first_head + HEADS_AT_ONCE);
+            for (sum, head) in sums.iter_mut().zip(heads.clone()) {
+                let columns = head * head_dim..(head + 1) * head_dim;
+                let query = Query { q: &cx.row(op.q, row)[columns.clone()], scale: op.scale, softcap: None };
+                // SAFETY: this tile alone writes the heads of this group in this row, each once.
+                let out = unsafe { cx.part_mut(op.dst, row, columns) };
+                *sum = Some(RunningSoftmax::new(cx.table, query, out));
+            }
             for page in visible.start / page_len..visible.end.div_ceil(page_len) {
                 let id = lane.pages[page].0 as usize;
                 // SAFETY: no op writes pages in this wave.
                 let Some(data) = (unsafe { &cx.pages.get(id..id + 1)[0] }) else {
-                    panic!("a KV page without storage")
+                    panic!("KV page {id} has no storage")
                 };
-                let rows = |start| KvRows { data: data.read(start, page_len * width), stride: width, offset: head_kv * head_dim };
+                let rows = |start| {
+                    let data = data.read(start, page_len * width);
+                    KvRows { data, stride: width, offset: head_kv * head_dim }
+                };
+                let (k, v) = (rows(offset), rows(offset + page_len * width));
                 let first = page * page_len;
                 let cells = visible.start.max(first) - first..visible.end.min(first + page_len) - first;
-                softmax.attend_page(rows(offset), rows(offset + page_len * width), cells);
+                for sum in sums.iter_mut().flatten() {
+                    sum.attend_page(k, v, cells.clone());
+                }
             }
-            softmax.finish(self.small.as_ref().map(|sinks| sinks.floats()[head]));
+            for (sum, head) in sums.into_iter().flatten().zip(heads) {
+                sum.finish(self.small.as_ref().map(|sinks| sinks.floats()[head]));
+            }
         }
     }
 
     /// Some channels of one lane: all its rows in order, then the tail.
     fn short_conv(&self, cx: &Cx<'_>, src: Buf, dst: Buf, lane: usize, chunk: usize) {
-        let Some((state, StateDecl::ConvTail { channels, width })) = self.state else {
-            unreachable!("a convolution over a tail")
+        let Some((layout, StateDecl::ConvTail { channels, width })) = self.slot else {
+            panic!("a convolution over a state of another kind")
         };
         let lane = &cx.step.lanes[lane];
-        let Some(slot) = lane.slot else { panic!("a recurrent model's lane without a slot") };
-        let slot = slot.0 as usize;
+        let slot = lane.recurrent_slot();
         let columns = chunk * TILE_CHANNELS..((chunk + 1) * TILE_CHANNELS).min(channels);
         let n_tail = width - 1;
         let weights = &self.weight().floats()[columns.start * width..columns.end * width];
-        let tail_at = |j: usize| {
-            let start = (slot * n_tail + j) * channels;
-            start + columns.start..start + columns.end
-        };
         let input = |i: usize| &cx.row(src, lane.rows.start + i)[columns.clone()];
-        let mut taps: Vec<&[f32]> = vec![&[]; width];
-        for i in 0..lane.rows.len() {
-            for (j, tap) in taps.iter_mut().enumerate() {
-                // Tap j looks back n_tail - j rows: into the lane, or before it into the tail.
-                *tap = match (i + j).checked_sub(n_tail) {
-                    Some(row) => input(row),
-                    // SAFETY: this tile alone touches these channels of this slot's tail, and writes them only below.
-                    None => unsafe { cx.slot_data[state].get(tail_at(i + j)) },
-                };
+        SCRATCH.with_borrow_mut(|Scratch { tail, .. }| {
+            // A copy of these channels' tail, row by row, so that nothing borrows the state when it moves.
+            tail.clear();
+            let start = layout.state(slot).start;
+            let tail_at = |j: usize| start + j * channels + columns.start..start + j * channels + columns.end;
+            for j in 0..n_tail {
+                // SAFETY: this tile alone touches these channels of this slot's tail.
+                tail.extend_from_slice(unsafe { cx.slots.get(tail_at(j)) });
             }
-            // SAFETY: this tile alone writes these channels of the lane's rows.
-            let out = unsafe { cx.part_mut(dst, lane.rows.start + i, columns.clone()) };
-            short_conv_silu(&taps, weights, out);
-        }
-        drop(taps);
-        for (i, row) in (lane.n_certain..lane.rows.len()).enumerate() {
-            let start = (slot * cx.n_tentative_max + i) * channels;
-            // SAFETY: this tile alone writes these channels of this slot's window.
-            unsafe { cx.slot_window[state].range(start + columns.start..start + columns.end) }
-                .copy_from_slice(input(row));
-        }
-        // The tail moves over the certain rows, one channel run at a time.
-        let mut tail: Vec<f32> = Vec::with_capacity(n_tail * columns.len());
-        for j in 0..n_tail {
-            // SAFETY: as above.
-            tail.extend_from_slice(unsafe { cx.slot_data[state].get(tail_at(j)) });
-        }
-        let first = lane.n_certain.saturating_sub(n_tail);
-        let certain: Vec<f32> = (first..lane.n_certain).flat_map(|i| input(i).iter().copied()).collect();
-        shift_in(&mut tail, &certain, columns.len());
-        for (j, values) in tail.chunks_exact(columns.len()).enumerate() {
-            // SAFETY: as above; no borrow of the tail is left.
-            unsafe { cx.slot_data[state].range(tail_at(j)) }.copy_from_slice(values);
-        }
+            let (mut few, mut many): ([&[f32]; TAPS_ON_STACK], Vec<&[f32]>) =
+                ([&[]; TAPS_ON_STACK], Vec::new());
+            let taps = match few.get_mut(..width) {
+                Some(taps) => taps,
+                None => {
+                    many.resize(width, &[]);
+                    &mut many[..]
+                }
+            };
+            for i in 0..lane.rows.len() {
+                for (j, tap) in taps.iter_mut().enumerate() {
+                    // Tap j looks back n_tail - j rows: into the lane, or before it into the tail.
+                    *tap = match (i + j).checked_sub(n_tail) {
+                        Some(row) => input(row),
+                        None => &tail[(i + j) * columns.len()..(i + j + 1) * columns.len()],
+                    };
+                }
+                // SAFETY: this tile alone writes these channels of the lane's rows.
+                let out = unsafe { cx.part_mut(dst, lane.rows.start + i, columns.clone()) };
+                short_conv_silu(taps, weights, out);
+            }
+            for (i, row) in (lane.n_certain..lane.rows.len()).enumerate() {
+                let start = layout.row(slot, i).start;
+                // SAFETY: this tile alone writes these channels of this slot's window.
+                unsafe { cx.windows.range(start + columns.start..start + columns.end) }
+                    .copy_from_slice(input(row));
+            }
+            for i in lane.n_certain.saturating_sub(n_tail)..lane.n_certain {
+                shift_in(tail, input(i), columns.len());
+            }
+            for (j, values) in tail.chunks_exact(columns.len()).enumerate() {
+                // SAFETY: this tile alone touches these channels of this slot's tail.
+                unsafe { cx.slots.range(tail_at(j)) }.copy_from_slice(values);
+            }
+        });
     }
 
     /// One value head of one lane: certain rows advance the state, tentative ones a copy of it.
     fn delta_rule(&self, cx: &Cx<'_>, tile: usize) {
         let Op::DeltaRule { qkv, decay, beta, dst, heads, eps, .. } = self.op else { unreachable!() };
-        let Some((state, StateDecl::Delta { n_head_k, n_head_v, dim_k, dim_v })) = self.state else {
-            unreachable!("a delta rule over a delta state")
-        };
+        let (layout, window, n_head_k) = self.delta();
+        let DeltaWindow { n_head_v, dim_k, dim_v } = window;
         let (lane, head) = (&cx.step.lanes[tile / n_head_v], tile % n_head_v);
         let head_k = match heads {
             HeadMap::Tiled => head % n_head_k,
             HeadMap::Grouped => head / (n_head_v / n_head_k),
         };
-        let Some(slot) = lane.slot else { panic!("a recurrent model's lane without a slot") };
-        let slot = slot.0 as usize;
+        let slot = lane.recurrent_slot();
         let len = dim_k * dim_v;
-        let start = (slot * n_head_v + head) * len;
+        let start = layout.state(slot).start + head * len;
         // SAFETY: this tile alone touches this head's matrix of this slot.
-        let committed = unsafe { cx.slot_data[state].range(start..start + len) };
-        let window = DeltaWindow { n_head_v, dim_k, dim_v };
-        let window_width = n_head_v * (dim_k + dim_v + 2);
+        let committed = unsafe { cx.slots.range(start..start + len) };
         SCRATCH.with_borrow_mut(|scratch| {
             let Scratch { state: copy, out: qk, .. } = scratch;
             qk.resize(2 * dim_k, 0.0);
@@ -434,11 +494,11 @@ impl CpuOp {
                     copy.extend_from_slice(committed);
                 }
                 delta_step(cx.table, copy, &token, q, out);
-                let at = (slot * cx.n_tentative_max + i - lane.n_certain) * window_width;
+                let at = layout.row(slot, i - lane.n_certain).start;
                 let (k_at, v_at, gates_at) = window.parts(head);
                 let part = |at: usize, len: usize| {
                     // SAFETY: this tile alone writes this head's parts of this slot's window.
-                    unsafe { cx.slot_window[state].range(at..at + len) }
+                    unsafe { cx.windows.range(at..at + len) }
                 };
                 part(at + k_at, dim_k).copy_from_slice(k);
                 part(at + v_at, dim_v).copy_from_slice(v);
@@ -484,7 +544,11 @@ fn row_wise_dst(op: &Op) -> Buf {
         // The source has the width of what is written.
         Op::Place { src, .. } => src,
         Op::DeltaGates { decay, .. } => decay,
-        Op::MatMul { .. } | Op::KvAppend { .. } | Op::Attention(_) | Op::ShortConv { .. } | Op::DeltaRule { .. } => {
+        Op::MatMul { .. }
+        | Op::KvAppend { .. }
+        | Op::Attention(_)
+        | Op::ShortConv { .. }
+        | Op::DeltaRule { .. } => {
             unreachable!("cut in other ways")
         }
     }

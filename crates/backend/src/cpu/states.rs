@@ -6,11 +6,18 @@
 //! page = [ k of state 0 | v of state 0 | k of state 1 | … ]      cell c of a part at c · width
 //! ```
 //!
-//! A recurrent state has one vector over all slots, and one for the tentative windows. Everything grows when a
-//! page or slot is first used.
+//! A slot holds its recurrent states side by side in one vector, and their tentative windows in another:
+//!
+//! ```text
+//! slot   = [ state 1 | state 2 | … ]                             committed
+//! window = [ rows of state 1 | rows of state 2 | … ]             n_tentative_max rows of each
+//! ```
+//!
+//! Everything grows when a page or slot is first used.
 
 use std::{
     any::Any,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -62,22 +69,45 @@ impl PageData {
     }
 }
 
-/// One recurrent state over all slots; empty for KV states.
-#[derive(Default)]
-pub(super) struct SlotStore {
-    /// `[n_slot, slot_width]`: the committed state.
-    pub data: Vec<f32>,
-    /// `[n_slot, n_tentative_max, window_width]`: what tentative rows of the last step left behind.
-    pub window: Vec<f32>,
-}
-
 /// What grows and changes.
+#[derive(Default)]
 pub(super) struct Inner {
     pub pages: Vec<Option<PageData>>,
-    /// By state.
-    pub slots: Vec<SlotStore>,
+    /// The committed states of every slot.
+    pub slots: Vec<f32>,
+    /// What the tentative rows of the last step left behind, of every slot.
+    pub windows: Vec<f32>,
     /// Tentative rows of the last step, by slot.
     pub n_tentative: Vec<usize>,
+}
+
+/// Where the parts of a recurrent state lie.
+#[derive(Clone, Copy)]
+pub(super) struct SlotLayout {
+    /// First value of the state in a slot, and its length.
+    start: usize,
+    len: usize,
+    /// Values of a slot.
+    slot_width: usize,
+    /// First value of the state's rows in a window, and the length of a row.
+    row_start: usize,
+    row_len: usize,
+    /// Values of a window.
+    window_width: usize,
+}
+
+impl SlotLayout {
+    /// The state in [`Inner::slots`].
+    pub fn state(&self, slot: SlotId) -> Range<usize> {
+        let start = slot.0 as usize * self.slot_width + self.start;
+        start..start + self.len
+    }
+
+    /// Tentative row `i` of the state in [`Inner::windows`]; the rows lie one behind the other.
+    pub fn row(&self, slot: SlotId, i: usize) -> Range<usize> {
+        let start = slot.0 as usize * self.window_width + self.row_start + i * self.row_len;
+        start..start + self.row_len
+    }
 }
 
 struct Shared {
@@ -86,6 +116,10 @@ struct Shared {
     /// First value of each KV state in a page.
     offsets: Vec<usize>,
     page_width: usize,
+    slot_width: usize,
+    window_width: usize,
+    /// Of each state; empty ranges for KV.
+    layouts: Vec<SlotLayout>,
     inner: Mutex<Inner>,
     team: Arc<Team>,
     table: &'static KernelTable,
@@ -95,27 +129,41 @@ struct Shared {
 pub(super) struct CpuStates(Arc<Shared>);
 
 impl CpuStates {
-    pub fn new(decls: &[StateDecl], config: StateConfig, team: Arc<Team>, table: &'static KernelTable) -> CpuStates {
-        let mut page_width = 0;
-        let offsets = decls
-            .iter()
-            .map(|decl| {
-                let start = page_width;
-                page_width += decl.cell_width() * config.page_len;
-                start
-            })
-            .collect();
-        let inner = Inner {
-            pages: Vec::new(),
-            slots: decls.iter().map(|_| SlotStore::default()).collect(),
-            n_tentative: Vec::new(),
-        };
+    pub fn new(
+        decls: &[StateDecl],
+        config: StateConfig,
+        team: Arc<Team>,
+        table: &'static KernelTable,
+    ) -> CpuStates {
+        let (mut page_width, mut slot_width, mut window_width) = (0, 0, 0);
+        let mut offsets = Vec::with_capacity(decls.len());
+        let mut layouts = Vec::with_capacity(decls.len());
+        for decl in decls {
+            offsets.push(page_width);
+            layouts.push(SlotLayout {
+                start: slot_width,
+                len: decl.slot_width(),
+                slot_width: 0,
+                row_start: window_width,
+                row_len: decl.window_width(),
+                window_width: 0,
+            });
+            page_width += decl.cell_width() * config.page_len;
+            slot_width += decl.slot_width();
+            window_width += decl.window_width() * config.n_tentative_max;
+        }
+        for layout in &mut layouts {
+            (layout.slot_width, layout.window_width) = (slot_width, window_width);
+        }
         CpuStates(Arc::new(Shared {
             decls: decls.to_vec(),
             config,
             offsets,
             page_width,
-            inner: Mutex::new(inner),
+            slot_width,
+            window_width,
+            layouts,
+            inner: Mutex::default(),
             team,
             table,
         }))
@@ -136,16 +184,19 @@ impl CpuStates {
         self.0.offsets[state]
     }
 
+    /// Where the recurrent state `state` lies.
+    pub fn layout(&self, state: usize) -> SlotLayout {
+        self.0.layouts[state]
+    }
+
     fn grow(&self, inner: &mut Inner, slot: SlotId) {
         let n_slot = slot.0 as usize + 1;
         if inner.n_tentative.len() >= n_slot {
             return;
         }
         inner.n_tentative.resize(n_slot, 0);
-        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
-            store.data.resize(n_slot * decl.slot_width(), 0.0);
-            store.window.resize(n_slot * self.0.config.n_tentative_max * decl.window_width(), 0.0);
-        }
+        inner.slots.resize(n_slot * self.0.slot_width, 0.0);
+        inner.windows.resize(n_slot * self.0.window_width, 0.0);
     }
 }
 
@@ -163,8 +214,7 @@ impl States for CpuStates {
     }
 
     fn slot_bytes(&self) -> usize {
-        let n_window = self.0.config.n_tentative_max;
-        self.0.decls.iter().map(|d| 4 * (d.slot_width() + n_window * d.window_width())).sum()
+        size_of::<f32>() * (self.0.slot_width + self.0.window_width)
     }
 
     fn page_alloc(&self, page: PageId) {
@@ -182,61 +232,52 @@ impl States for CpuStates {
 
     fn page_copy(&self, from: PageId, to: PageId) {
         let mut inner = self.lock();
-        let mut target = inner.pages[to.0 as usize].take();
-        match (&inner.pages[from.0 as usize], &mut target) {
-            (Some(source), Some(target)) => target.copy_from(source),
+        match inner.pages.get_disjoint_mut([from.0 as usize, to.0 as usize]) {
+            Ok([Some(source), Some(target)]) => target.copy_from(source),
             _ => panic!("page_copy {from:?} -> {to:?} without storage"),
         }
-        inner.pages[to.0 as usize] = target;
     }
 
     fn slot_reset(&self, slot: SlotId) {
         let mut inner = self.lock();
         self.grow(&mut inner, slot);
-        let s = slot.0 as usize;
+        let (s, width) = (slot.0 as usize, self.0.slot_width);
         inner.n_tentative[s] = 0;
-        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
-            let width = decl.slot_width();
-            store.data[s * width..(s + 1) * width].fill(0.0);
-        }
+        inner.slots[s * width..(s + 1) * width].fill(0.0);
     }
 
     fn slot_copy(&self, from: SlotId, to: SlotId) {
         let mut inner = self.lock();
         self.grow(&mut inner, from.max(to));
         inner.n_tentative[to.0 as usize] = 0;
-        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
-            let width = decl.slot_width();
-            let start = from.0 as usize * width;
-            store.data.copy_within(start..start + width, to.0 as usize * width);
-        }
+        let width = self.0.slot_width;
+        let start = from.0 as usize * width;
+        inner.slots.copy_within(start..start + width, to.0 as usize * width);
     }
 
     fn slot_commit(&self, slot: SlotId, n_rows: usize) {
         let mut inner = self.lock();
-        let s = slot.0 as usize;
-        let n_tentative = std::mem::take(&mut inner.n_tentative[s]);
+        let inner = &mut *inner;
+        let n_tentative = std::mem::take(&mut inner.n_tentative[slot.0 as usize]);
         assert!(n_rows <= n_tentative, "commit of {n_rows} tentative rows of {n_tentative}");
         if n_rows == 0 {
             return;
         }
-        let n_window = self.0.config.n_tentative_max;
-        for (store, decl) in inner.slots.iter_mut().zip(&self.0.decls) {
-            let (width, row) = (decl.slot_width(), decl.window_width());
-            let data = &mut store.data[s * width..(s + 1) * width];
-            let window = &store.window[s * n_window * row..(s * n_window + n_rows) * row];
+        for (layout, decl) in self.0.layouts.iter().zip(&self.0.decls) {
+            let data = &mut inner.slots[layout.state(slot)];
+            let window = &inner.windows[layout.row(slot, 0).start..layout.row(slot, n_rows).start];
             match *decl {
                 StateDecl::Kv { .. } => {}
                 StateDecl::ConvTail { channels, .. } => shift_in(data, window, channels),
                 StateDecl::Delta { n_head_v, dim_k, dim_v, .. } => {
-                    let layout = DeltaWindow { n_head_v, dim_k, dim_v };
+                    let parts = DeltaWindow { n_head_v, dim_k, dim_v };
                     let head_len = dim_k * dim_v;
                     let data = SharedMut::new(data);
                     self.0.team.for_each(n_head_v, &|head| {
                         // SAFETY: each tile takes its own head's matrix.
                         let state = unsafe { data.range(head * head_len..(head + 1) * head_len) };
-                        for row in window.chunks_exact(row) {
-                            let token = layout.token(row, head);
+                        for row in window.chunks_exact(layout.row_len) {
+                            let token = parts.token(row, head);
                             delta_advance(self.0.table, state, &token);
                         }
                     });
@@ -272,6 +313,11 @@ pub(super) struct DeltaWindow {
 }
 
 impl DeltaWindow {
+    /// Values of the committed state, all heads.
+    pub fn state_len(&self) -> usize {
+        self.n_head_v * self.dim_k * self.dim_v
+    }
+
     /// Where value head `head` keeps its parts in a row: key, value, decay and beta.
     pub fn parts(&self, head: usize) -> (usize, usize, usize) {
         let keys = self.n_head_v * self.dim_k;

@@ -1,0 +1,206 @@
+//! The CPU backend against the definition of every op, against itself, and after panics.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
+use paceline_kernels::formats::{FORMATS, quantize_rows};
+
+use super::*;
+use crate::{
+    AttentionOp, BlockMask, Buf, KvType, Lane, Matrix, PageId, PlanBuilder, SlotId, StateId, Step, StepOut,
+    Vector, WeightSource,
+    conformance::{self, Tolerance, random::Random},
+};
+
+/// A backend that shares every wave, however little there is to do.
+fn eager(n_threads: usize) -> CpuBackend {
+    CpuBackend { share_from: 0, ..CpuBackend::new(n_threads).unwrap() }
+}
+
+#[test]
+fn every_op_is_as_defined() {
+    for backend in [CpuBackend::new(1).unwrap(), eager(2)] {
+        let report = conformance::check(&backend, Tolerance::default());
+        assert_eq!(report.unsupported, [], "the CPU computes with every format");
+        assert!(report.n_case > 10 * FORMATS.len(), "{} cases", report.n_case);
+    }
+}
+
+#[test]
+fn every_bit_is_the_same_however_rows_are_cut_and_whoever_computes() {
+    conformance::check_bits(&[
+        &CpuBackend::new(1).unwrap(),
+        &eager(2),
+        &CpuBackend::new(2).unwrap(),
+        &eager(5),
+    ]);
+}
+
+fn upload(backend: &dyn Backend, random: &mut Random, n_in: usize, n_out: usize) -> Matrix {
+    let data = quantize_rows(GgmlType::F32, n_in, &random.values(n_in * n_out, 0.5));
+    let tensors = [("w", [n_in as u64, n_out as u64], GgmlType::F32, data)];
+    let file = Gguf::from_bytes("test", to_bytes(&Metadata::new(), &tensors).unwrap()).unwrap();
+    let id = backend.upload(&WeightSource { file: Arc::new(file), tensor: 0 }).unwrap();
+    Matrix { id, n_in, n_out }
+}
+
+/// A plan of random row ops in which buffers are read soon, late, often or once.
+fn random_plan(backend: &dyn Backend, random: &mut Random) -> Plan {
+    let widths = [7, 12, 30];
+    let matrices: Vec<Matrix> = widths
+        .iter()
+        .flat_map(|&n_in| widths.map(|n_out| (n_in, n_out)))
+        .map(|(n_in, n_out)| upload(backend, random, n_in, n_out))
+        .collect();
+    let norms = widths.map(|len| Vector { id: upload(backend, random, len, 1).id, len });
+    let mut p = PlanBuilder::new(&[0, 1]);
+    let mut bufs: Vec<Buf> = vec![p.input(30)];
+    let mut unread = bufs.clone();
+    for i in 0..40 {
+        let at = random.below(bufs.len());
+        // Half of the time something recent.
+        let src = if random.below(2) == 0 { bufs[at] } else { bufs[bufs.len() - 1 - at.min(2)] };
+        let width = p.width(src);
+        let twin = |random: &mut Random, p: &PlanBuilder<'_>| {
+            let same: Vec<Buf> = bufs.iter().copied().filter(|b| p.width(*b) == width).collect();
+            same[random.below(same.len())]
+        };
+        let other = twin(random, &p);
+        let kind = random.below(6);
+        let dst = match kind {
+            0 => p.add(src, other),
+            1 => p.silu_mul(src, other),
+            2 => p.sigmoid_mul(src, other),
+            3 => p.rms_norm(src, norms.iter().find(|n| n.len == width).unwrap(), 1e-3),
+            _ => {
+                let fitting: Vec<&Matrix> = matrices.iter().filter(|m| m.n_in == width).collect();
+                p.matmul(src, fitting[random.below(fitting.len())])
+            }
+        };
+        unread.retain(|b| *b != src && (kind > 2 || *b != other));
+        bufs.push(dst);
+        unread.push(dst);
+        if i == 10 || i == 30 {
+            let m = matrices.iter().find(|m| m.n_in == p.width(dst) && m.n_out == 12).unwrap();
+            let x = p.matmul(dst, m);
+            p.tap(i / 20, x);
+        }
+    }
+    let mut sum = None;
+    for buf in bufs.into_iter().filter(|b| random.below(3) == 0 || unread.contains(b)) {
+        let m = matrices.iter().find(|m| m.n_in == p.width(buf) && m.n_out == 7).unwrap();
+        let x = p.matmul(buf, m);
+        sum = Some(sum.map_or(x, |sum| p.add(sum, x)));
+    }
+    let x = p.select_outputs(sum.unwrap());
+    let y = p.silu_mul(x, x);
+    let x = p.add(x, y);
+    p.finish(Some(x))
+}
+
+/// What the plan makes of some rows.
+fn replay(backend: &CpuBackend, plan: Plan, input: &[f32], n: usize) -> StepOut {
+    let states = backend.alloc_states(&[], StateConfig::default()).unwrap();
+    let mut exec = backend.compile(Arc::new(plan), &states).unwrap();
+    let positions: Vec<u32> = (0..n as u32).collect();
+    let outputs: Vec<u32> = positions.iter().copied().filter(|i| i % 3 != 1).collect();
+    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+    let step =
+        Step { tokens: &positions, inputs: input, positions: &positions, lanes: &lanes, outputs: &outputs };
+    let mut out = StepOut::default();
+    exec.run(&step, &mut out);
+    out
+}
+
+#[test]
+fn a_shared_arena_is_as_good_as_memory_for_every_buffer() {
+    let backend = eager(2);
+    let mut random = Random::new(5);
+    let mut saved = 0;
+    for _ in 0..40 {
+        let plan = random_plan(&backend, &mut random);
+        let mut apart = plan.clone();
+        apart.arena_width = [0, 0];
+        for (decl, offset) in plan.bufs.iter().zip(&mut apart.offsets) {
+            *offset = apart.arena_width[decl.rows as usize];
+            apart.arena_width[decl.rows as usize] += decl.width;
+        }
+        saved += apart.arena_width[0] - plan.arena_width[0];
+        let input = random.values(30 * 5, 1.0);
+        let text = plan.to_string();
+        let (a, b) = (replay(&backend, plan, &input, 5), replay(&backend, apart, &input, 5));
+        assert!(a.output.iter().chain(&a.taps).all(|x| x.is_finite()), "{text}");
+        assert_eq!((a.output, a.taps), (b.output, b.taps), "{text}");
+    }
+    assert!(saved > 0, "placement shares memory at all");
+}
+
+/// Keys, values and queries from the input; a page that has no storage panics in the middle of a step.
+#[test]
+fn a_panicking_step_leaves_the_others_alone() {
+    for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
+        let decls = [StateDecl::Kv { n_head: 1, head_dim: 4 }, StateDecl::ConvTail { channels: 4, width: 3 }];
+        let config = StateConfig { page_len: 4, kv_type: KvType::F16, n_tentative_max: 4 };
+        let states = backend.alloc_states(&decls, config).unwrap();
+        let conv = upload(&backend, &mut Random::new(6), 3, 4);
+        let mut p = PlanBuilder::new(&[]);
+        let x = p.input(4);
+        let q = p.short_conv(StateId(1), x, &conv);
+        p.kv_append(StateId(0), x, q);
+        let (state, n_head, scale, mask) = (StateId(0), 1, 0.5, BlockMask::Causal);
+        let y =
+            p.attention(|dst| AttentionOp { state, q, dst, n_head, scale, mask, window: None, sinks: None });
+        let mut exec = backend.compile(Arc::new(p.finish(Some(y))), &states).unwrap();
+
+        let mut run = |pages: &[PageId], slot: SlotId, n_past: usize| {
+            let input = Random::new(n_past as u64).values(8, 1.0);
+            let lanes = [Lane { rows: 0..2, n_past, n_certain: 1, pages, slot: Some(slot) }];
+            let (two, outputs) = ([n_past as u32, n_past as u32 + 1], [0, 1]);
+            let step =
+                Step { tokens: &two, inputs: &input, positions: &two, lanes: &lanes, outputs: &outputs };
+            let mut out = StepOut::default();
+            catch_unwind(AssertUnwindSafe(|| exec.run(&step, &mut out))).map(|()| {
+                states.slot_commit(slot, 1);
+                out.output
+            })
+        };
+        let [good, alone] = [[PageId(0), PageId(1)], [PageId(2), PageId(3)]];
+        good.iter().chain(&alone).for_each(|page| states.page_alloc(*page));
+        [0, 1, 2].iter().for_each(|slot| states.slot_reset(SlotId(*slot)));
+        let want = [0, 2, 4].map(|n_past| run(&alone, SlotId(1), n_past).unwrap());
+        for (i, want) in want.iter().enumerate() {
+            let panic = run(&[PageId(9), PageId(9)], SlotId(2), 0).unwrap_err();
+            drop(panic);
+            states.slot_reset(SlotId(2));
+            assert_eq!(&run(&good, SlotId(0), 2 * i).unwrap(), want, "after {} panics", i + 1);
+        }
+    }
+}
+
+/// The first step is the largest, or the smallest, or has no outputs: buffers follow.
+#[test]
+fn the_size_of_one_step_does_not_bind_the_next() {
+    let backend = eager(2);
+    let mut random = Random::new(7);
+    let plan = Arc::new(random_plan(&backend, &mut random));
+    let states = backend.alloc_states(&[], StateConfig { page_len: 512, ..StateConfig::default() }).unwrap();
+    let mut kept = backend.compile(plan.clone(), &states).unwrap();
+    let mut kept_out = StepOut::default();
+    for n in [1, 33, 2, 257, 16, 1, 8] {
+        let input = random.values(30 * n, 1.0);
+        let positions: Vec<u32> = (0..n as u32).collect();
+        for outputs in [&positions[..], &[], &positions[n - 1..]] {
+            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+            let step =
+                Step { tokens: &positions, inputs: &input, positions: &positions, lanes: &lanes, outputs };
+            let mut fresh_out = StepOut::default();
+            backend.compile(plan.clone(), &states).unwrap().run(&step, &mut fresh_out);
+            kept.run(&step, &mut kept_out);
+            assert_eq!(kept_out.output.len(), outputs.len() * 7);
+            assert_eq!((&kept_out.output, &kept_out.taps), (&fresh_out.output, &fresh_out.taps), "{n} rows");
+        }
+    }
+}
