@@ -1,10 +1,11 @@
 //! `paceline bench`: what a model costs here, and what its drafter gains.
 //!
 //! Plain and speculative runs take turns, so that a machine that slows down slows both; their tokens must be the same,
-//! and the report says whether they were. Acceptance alone is not health, a model that says "own own own" accepts
+//! and the report says whether they were; if not, or if an output was not finite, or no draft was ever right, the exit
+//! code says so too. Acceptance alone is not health, a model that says "own own own" accepts
 //! everything, so the words of the answers are counted too.
 
-use std::{collections::HashSet, path::PathBuf, time::Duration};
+use std::{collections::HashSet, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -70,7 +71,7 @@ pub struct BenchArgs {
 }
 
 /// Runs it.
-pub fn run(args: BenchArgs) -> Result<()> {
+pub fn run(args: BenchArgs) -> Result<ExitCode> {
     for words in args.later.check()? {
         eprintln!("{words}");
     }
@@ -103,8 +104,16 @@ pub fn run(args: BenchArgs) -> Result<()> {
             say(format_args!("{}", serde_json::to_string_pretty(&report.to_json(&args, &loaded, &bench))?))
         }
         false => report.print(&loaded, &bench),
+    }?;
+    let faults = report.faults(&bench);
+    for fault in &faults {
+        eprintln!("error: {fault}");
     }
+    Ok(if faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
+
+/// Drafted tokens of which one at least should have been accepted.
+const USELESS_AFTER: usize = 64;
 
 type Group = (String, Vec<Vec<Token>>);
 
@@ -397,6 +406,27 @@ impl Report {
         self.rows.iter().all(|row| row.same)
     }
 
+    /// What makes a bench fail, so that it can stand guard.
+    fn faults(&self, bench: &Bench) -> Vec<String> {
+        let (mut faults, totals) = (Vec::new(), self.totals());
+        if !self.same() {
+            faults.push(
+                "plain and speculative runs gave different tokens: this is a bug, please report it"
+                    .to_string(),
+            );
+        }
+        if self.n_bad > 0 {
+            faults.push(format!("{} outputs were not finite", self.n_bad));
+        }
+        if bench.speculative.is_some() && totals.n_accepted == 0 && totals.n_draft >= USELESS_AFTER {
+            faults.push(format!(
+                "none of {} drafted tokens was accepted: is this the target's drafter?",
+                totals.n_draft
+            ));
+        }
+        faults
+    }
+
     /// Time for all answers, plain against speculative.
     fn speed_up(&self) -> Option<f64> {
         let n = |row: &Row| Acceptance::of(&row.answers).n_predicted as f64;
@@ -425,7 +455,7 @@ impl Report {
             ))?;
         }
         say(format_args!(
-            "\n{:<12} {:>6} {:>16} {:>16} {:>8} {:>10} {:>8} {:>6} {:>7} {:>7}",
+            "\n{:<12} {:>6} {:>16} {:>16} {:>8} {:>10} {:>8} {:>4} {:>5} {:>6} {:>7}",
             "prompt",
             "tokens",
             "plain tok/s",
@@ -434,6 +464,7 @@ impl Report {
             "accept_len",
             "accepted",
             "same",
+            "words",
             "unique",
             "repeats"
         ))?;
@@ -441,7 +472,7 @@ impl Report {
             let all = Acceptance::of(&row.answers);
             let spec = row.speculative;
             say(format_args!(
-                "{:<12} {:>6} {:>16} {:>16} {:>8} {:>10.2} {:>7.0}% {:>6} {:>6.0}% {:>7}",
+                "{:<12} {:>6} {:>16} {:>16} {:>8} {:>10.2} {:>7.0}% {:>4} {:>5} {:>5.0}% {:>7}",
                 row.name,
                 all.n_predicted,
                 row.plain.show(),
@@ -450,6 +481,7 @@ impl Report {
                 all.accept_len(),
                 100.0 * all.share(),
                 if row.same { "yes" } else { "NO" },
+                row.words.n,
                 100.0 * row.words.unique_share,
                 row.words.n_repeat,
             ))?;

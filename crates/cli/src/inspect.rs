@@ -1,6 +1,6 @@
 //! `paceline inspect`: what a file holds, and the memory that it will need.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -35,7 +35,13 @@ pub struct InspectArgs {
     /// Prints one JSON object
     #[arg(long)]
     json: bool,
+    /// Only says whether the model was tuned for instructions: exit code 0 if so, 3 if not
+    #[arg(long, conflicts_with = "json")]
+    check_instruct: bool,
 }
+
+/// Exit code for a model that was not tuned for instructions; 1 is a file that can't be read.
+const NOT_INSTRUCT: u8 = 3;
 
 /// Longest text of a value, in characters, unless all is wanted.
 const MAX_CHARS: usize = 100;
@@ -44,8 +50,13 @@ const MAX_CHARS: usize = 100;
 const MAX_ELEMENTS: usize = 16;
 
 /// Runs it.
-pub fn run(args: InspectArgs) -> Result<()> {
+pub fn run(args: InspectArgs) -> Result<ExitCode> {
     let file = Arc::new(Gguf::open(&args.file)?);
+    if args.check_instruct {
+        let reason = not_instruct(&file)?;
+        say(format_args!("{}: {}", file.name(), reason.unwrap_or("tuned for instructions")))?;
+        return Ok(if reason.is_some() { NOT_INSTRUCT.into() } else { ExitCode::SUCCESS });
+    }
     let memory = memory(&file, args.ctx);
     let contract = contract(&file, args.target.as_ref())?;
     match args.json {
@@ -53,7 +64,28 @@ pub fn run(args: InspectArgs) -> Result<()> {
             say(format_args!("{}", serde_json::to_string_pretty(&to_json(&args, &file, &memory, &contract))?))
         }
         false => print(&args, &file, &memory, &contract),
+    }?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Why a file seems to hold a base model; none if it seems tuned for instructions. A drafter trained for the one drafts
+/// badly for the other, and nothing else would tell.
+fn not_instruct(file: &Gguf) -> Result<Option<&'static str>> {
+    let meta = file.metadata();
+    if meta.str("tokenizer.chat_template")?.is_none_or(|template| template.trim().is_empty()) {
+        return Ok(Some("a base model: it has no chat template"));
     }
+    // Converters copy a template into base models too; then their name still says what they are.
+    for key in ["general.finetune", "general.name", "general.basename"] {
+        let words = meta.str(key)?.unwrap_or("").to_ascii_lowercase();
+        if words
+            .split(|c: char| !c.is_alphanumeric())
+            .any(|word| matches!(word, "base" | "pretrained" | "pt"))
+        {
+            return Ok(Some("a base model: its name says so"));
+        }
+    }
+    Ok(None)
 }
 
 /// Memory at a context, or why it is not known.

@@ -67,13 +67,13 @@ impl Command {
         }
     }
 
-    fn run(self) -> Result<()> {
+    fn run(self) -> Result<ExitCode> {
         match self {
-            Command::Serve(args) => serve::run(*args),
+            Command::Serve(args) => serve::run(*args).map(|()| ExitCode::SUCCESS),
             Command::Run(args) => run::run(*args),
             Command::Bench(args) => bench::run(*args),
             Command::Inspect(args) => inspect::run(args),
-            Command::Convert(args) => convert::run(args),
+            Command::Convert(args) => convert::run(args).map(|()| ExitCode::SUCCESS),
         }
     }
 }
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse_from(flags::one_dash(std::env::args_os()));
     let result = start_log(&cli.log, cli.command.log_level()).and_then(|()| cli.command.run());
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", output::in_full(&error));

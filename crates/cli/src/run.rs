@@ -4,6 +4,7 @@
 
 use std::{
     io::{self, BufRead, IsTerminal, Write},
+    process::ExitCode,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -26,6 +27,9 @@ use crate::{
     load::Loaded,
     output::{self, colours, error_colours, piece, say},
 };
+
+/// Exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
 
 const GREEN: &str = "\x1b[32m";
 const DIM: &str = "\x1b[2m";
@@ -83,7 +87,7 @@ pub struct RunArgs {
 }
 
 /// Runs it.
-pub fn run(args: RunArgs) -> Result<()> {
+pub fn run(args: RunArgs) -> Result<ExitCode> {
     for words in args.later.check()? {
         eprintln!("{words}");
     }
@@ -149,7 +153,7 @@ struct Stop {
 impl Stop {
     fn new() -> Result<Stop> {
         let stop = Stop { asked: Arc::default(), idle: Arc::new(AtomicBool::new(true)) };
-        signal_hook::flag::register_conditional_shutdown(SIGINT, 130, stop.idle.clone())?;
+        signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED.into(), stop.idle.clone())?;
         signal_hook::flag::register(SIGINT, stop.asked.clone())?;
         Ok(stop)
     }
@@ -188,7 +192,7 @@ impl Session {
         }
     }
 
-    fn one_shot(&self, engine: &mut Engine, text: &str, prompt: Prompt) -> Result<()> {
+    fn one_shot(&self, engine: &mut Engine, text: &str, prompt: Prompt) -> Result<ExitCode> {
         let (answer, _) = self.answer(engine, RequestId(0), prompt)?;
         if self.args.json {
             let mut object = json!({ "prompt": text });
@@ -200,14 +204,11 @@ impl Session {
             say(format_args!(""))?;
             self.show_stats(&answer);
         }
-        if answer.finish.is_none() {
-            std::process::exit(130);
-        }
-        Ok(())
+        Ok(if answer.finish.is_some() { ExitCode::SUCCESS } else { INTERRUPTED.into() })
     }
 
     /// Reads questions from standard input until it ends.
-    fn converse(&self, engine: &mut Engine, chat: &Chat<'_>) -> Result<()> {
+    fn converse(&self, engine: &mut Engine, chat: &Chat<'_>) -> Result<ExitCode> {
         let prompts = io::stdin().is_terminal();
         if prompts {
             eprintln!(
@@ -270,7 +271,7 @@ impl Session {
         if let (Some(answer), false) = (&last, self.args.json) {
             self.show_stats(answer);
         }
-        Ok(())
+        Ok(ExitCode::SUCCESS)
     }
 
     fn show_stats(&self, answer: &Answer) {

@@ -6,6 +6,8 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
+use paceline_gguf::{Gguf, Metadata, to_bytes};
+
 /// What a run left behind.
 pub struct Ran {
     pub code: Option<i32>,
@@ -75,4 +77,15 @@ pub fn repo(path: &str) -> PathBuf {
 /// The same as text.
 pub fn repo_str(path: &str) -> String {
     repo(path).to_str().expect("a path of UTF-8").to_string()
+}
+
+/// A copy of a file of the repository in `dir`, its metadata edited.
+pub fn edited(file: &str, dir: &Path, name: &str, edit: &dyn Fn(&mut Metadata)) -> String {
+    let gguf = Gguf::open(repo(file)).unwrap();
+    let mut metadata = gguf.metadata().clone();
+    edit(&mut metadata);
+    let tensors: Vec<_> = gguf.tensors().iter().map(|t| (&t.name, &t.shape, t.ty, gguf.data(t))).collect();
+    let path = dir.join(name);
+    std::fs::write(&path, to_bytes(&metadata, &tensors).unwrap()).unwrap();
+    path.to_str().unwrap().to_string()
 }

@@ -4,7 +4,7 @@ use std::fs;
 
 use paceline_gguf::{GgmlType, Metadata, to_bytes};
 
-use crate::command::{paceline, repo_str};
+use crate::command::{edited, paceline, repo_str};
 
 const TARGET: &str = "models/bundled/target.gguf";
 const DRAFTER: &str = "models/bundled/drafter.gguf";
@@ -78,4 +78,19 @@ fn a_missing_shard_is_named() {
     let first = dir.path().join("m-00001-of-00003.gguf");
     fs::copy(repo_str(TARGET), &first).unwrap();
     paceline(&["inspect", first.to_str().unwrap()]).fails_with(&["m-00002-of-00003.gguf"]);
+}
+
+#[test]
+fn base_models_are_told_from_instruct_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |name: &str, code: i32, edit: &dyn Fn(&mut Metadata)| {
+        let path = edited(TARGET, dir.path(), name, edit);
+        let ran = paceline(&["inspect", &path, "--check-instruct"]);
+        assert_eq!(ran.code, Some(code), "{name}: {} {}", ran.out, ran.err);
+    };
+    check("instruct.gguf", 0, &|_| {});
+    check("bare.gguf", 3, &|metadata| drop(metadata.remove("tokenizer.chat_template")));
+    check("named.gguf", 3, &|metadata| metadata.insert("general.name", "Toy 7M Base"));
+    check("baseline.gguf", 0, &|metadata| metadata.insert("general.name", "Baseline 7M"));
+    assert_eq!(paceline(&["inspect", "/no/such.gguf", "--check-instruct"]).code, Some(1));
 }

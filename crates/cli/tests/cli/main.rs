@@ -6,5 +6,6 @@ mod convert;
 mod flags;
 mod hub;
 mod inspect;
+mod pair;
 mod run;
 mod serve;

@@ -26,14 +26,18 @@ impl Serving {
         let mut child = command(&all).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut said = String::new();
-        loop {
+        let mut address = None;
+        while address.is_none() {
             let mut line = String::new();
-            assert!(log.read_line(&mut line).unwrap() > 0, "the server ended: {said}");
-            if let Some(address) = line.trim().strip_prefix("listening on http://") {
-                return Serving { child, address: address.to_string(), log, said };
+            if log.read_line(&mut line).unwrap() == 0 {
+                let status = child.wait().unwrap();
+                panic!("the server ended, {status}: {said}");
             }
+            address = line.trim().strip_prefix("listening on http://").map(str::to_string);
             said.push_str(&line);
         }
+        let address = address.unwrap_or_default();
+        Serving { child, address, log, said }
     }
 
     fn post(&self, path: &str, key: Option<&str>, body: &Value) -> (u16, Value) {
