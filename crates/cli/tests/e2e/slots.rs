@@ -26,15 +26,18 @@ fn chats(server: &Server, n: usize, temperature: f64) -> Vec<Ask<'_>> {
 /// Small batches on purpose: `-ub` is less than slots × block from `-np` 5 on.
 #[test]
 fn as_many_chats_as_slots() {
-    let alone = Server::start("-np 1");
+    let alone = Server::start("-np 1 --draft-max 15");
     let want = [0.0, 0.8].map(|temperature| {
         let want: Vec<_> = chats(&alone, 8, temperature).into_iter().map(|ask| ask()).collect();
         assert!(want.iter().all(|(_, drafted)| drafted.is_some()));
         (temperature, want)
     });
-    for (n, flags) in
-        [(2, "-np 2"), (5, "-np 5 -ub 64"), (8, "-np 8"), (8, "-np 8 -b 256 -ub 64 -cd 256 -kvu")]
-    {
+    for (n, flags) in [
+        (2, "-np 2 --draft-max 15"),
+        (5, "-np 5 --draft-max 15 -ub 64"),
+        (8, "-np 8 --draft-max 15"),
+        (8, "-np 8 --draft-max 15 -b 256 -ub 64 -cd 256 -kvu"),
+    ] {
         let server = Server::start(flags);
         for (temperature, want) in &want {
             let got = together(chats(&server, n, *temperature));

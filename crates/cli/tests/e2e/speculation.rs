@@ -100,7 +100,7 @@ fn five_identical_prompts_in_a_row() {
 
 #[test]
 fn drafts_of_every_length() {
-    let server = Server::shared("-np 2");
+    let server = Server::start("-np 1 --draft-max 16");
     let want = native(&server, chat_prompt(ASKED[0]), &json!({"speculative.n_max": 0})).0;
     for n_max in 1..=16 {
         let reply = server.ok(
