@@ -344,8 +344,8 @@ impl CpuOp {
             let cell = lane.n_past + i;
             let page = lane.pages[cell / cx.page_len].0 as usize;
             let at = offset + cell % cx.page_len * width;
-            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles the
-            // whole lane, and no op reads pages in this wave.
+            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles
+            // the whole lane, and no other op of this wave touches pages (`StateAccess::conflicts`).
             let page = unsafe { &mut cx.pages.range(page..page + 1)[0] };
             let Some(page) = page else {
                 panic!("KV page {} has no storage", lane.pages[cell / cx.page_len].0)
@@ -376,7 +376,7 @@ impl CpuOp {
             }
             for page in visible.start / page_len..visible.end.div_ceil(page_len) {
                 let id = lane.pages[page].0 as usize;
-                // SAFETY: no op writes pages in this wave.
+                // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
                 let Some(data) = (unsafe { &cx.pages.get(id..id + 1)[0] }) else {
                     panic!("KV page {id} has no storage")
                 };
