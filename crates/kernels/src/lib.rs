@@ -26,6 +26,7 @@ pub mod formats;
 pub mod kv;
 pub mod matmul;
 pub mod norm;
+pub mod packed;
 pub mod rope;
 pub mod scalar;
 pub mod shared;

@@ -13,7 +13,11 @@ use crate::act::silu;
 
 /// `out = rms_norm(x; w)`; without a weight the factor is one.
 pub fn rms_norm(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]) {
-    let factor = rms_factor(x, eps);
+    scale_by(x, rms_factor(x, eps), w, out);
+}
+
+/// `out = x · factor · w`, what is left of a norm once its factor is known.
+pub(crate) fn scale_by(x: &[f32], factor: f32, w: Option<&[f32]>, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "a norm's input and output");
     match w {
         Some(w) => {
@@ -40,7 +44,7 @@ pub fn gated_rms_norm(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]
     out.iter_mut().zip(z).for_each(|(out, z)| *out *= silu(*z));
 }
 
-fn rms_factor(x: &[f32], eps: f32) -> f32 {
+pub(crate) fn rms_factor(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt()
 }
 

@@ -1,0 +1,112 @@
+//! F32, F16 and BF16, packed: the sixteen weights of an input one behind the other, multiplied in `f32`.
+//!
+//! Two chains of fused multiply-adds for each output, even inputs and odd ones: one alone would wait for its own latency.
+//! (The instruction that multiplies pairs of BF16 has half the rate of this on the cores measured, and rounds otherwise.)
+
+use half::f16;
+use paceline_gguf::GgmlType;
+
+use super::format::{PackedFormat, ROWS};
+#[cfg(target_arch = "x86_64")]
+use super::isa::Isa;
+use super::product::TileCall;
+
+pub const F32: PackedFormat = PackedFormat::of_float::<Single>();
+pub const F16: PackedFormat = PackedFormat::of_float::<Half>();
+pub const BF16: PackedFormat = PackedFormat::of_float::<Brain>();
+
+/// A format of plain floats.
+pub trait FloatFormat: 'static {
+    const TY: GgmlType;
+    /// Bytes of a weight.
+    const BYTES: usize;
+
+    /// A weight of so many bytes.
+    fn value(bytes: &[u8]) -> f32;
+
+    /// The weights of several rows.
+    ///
+    /// # Safety
+    /// This CPU has the instructions of `V`, and there are `V::LANES` weights.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load<V: Isa>(from: *const u8) -> V::Float;
+}
+
+struct Single;
+
+impl FloatFormat for Single {
+    const TY: GgmlType = GgmlType::F32;
+    const BYTES: usize = 4;
+
+    fn value(bytes: &[u8]) -> f32 {
+        f32::from_le_bytes(*bytes.first_chunk().expect("four bytes"))
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load<V: Isa>(from: *const u8) -> V::Float {
+        // SAFETY: by contract.
+        unsafe { V::load_f32(from) }
+    }
+}
+
+struct Half;
+
+impl FloatFormat for Half {
+    const TY: GgmlType = GgmlType::F16;
+    const BYTES: usize = 2;
+
+    fn value(bytes: &[u8]) -> f32 {
+        f16::from_le_bytes(*bytes.first_chunk().expect("two bytes")).to_f32()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load<V: Isa>(from: *const u8) -> V::Float {
+        // SAFETY: by contract.
+        unsafe { V::load_f16(from) }
+    }
+}
+
+struct Brain;
+
+impl FloatFormat for Brain {
+    const TY: GgmlType = GgmlType::BF16;
+    const BYTES: usize = 2;
+
+    fn value(bytes: &[u8]) -> f32 {
+        f32::from_bits(u32::from(u16::from_le_bytes(*bytes.first_chunk().expect("two bytes"))) << 16)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn load<V: Isa>(from: *const u8) -> V::Float {
+        // SAFETY: by contract.
+        unsafe { V::load_bf16(from) }
+    }
+}
+
+/// Adds one row to a tile.
+pub fn pack_row<F: FloatFormat>(source: &[u8], n_inputs: usize, row: usize, tile: &mut [u8]) {
+    let weights = source.chunks_exact(F::BYTES).take(n_inputs);
+    for (weight, line) in weights.zip(tile.chunks_exact_mut(ROWS * F::BYTES)) {
+        line[row * F::BYTES..(row + 1) * F::BYTES].copy_from_slice(weight);
+    }
+}
+
+/// The scalar twin: multiplies a tile with one column.
+///
+/// # Safety
+/// See [`TileFn`](super::product::TileFn).
+pub unsafe fn tile<F: FloatFormat>(call: &TileCall) {
+    // SAFETY: the tile has sixteen weights for each input, there is one column, and its sums are ours, by contract.
+    let (tile, act, sums) = unsafe {
+        let tile = std::slice::from_raw_parts(call.tile, call.n_inputs * ROWS * F::BYTES);
+        (tile, &*call.acts, &mut *call.sums)
+    };
+    for (i, line) in tile.chunks_exact(ROWS * F::BYTES).enumerate() {
+        for (acc, w) in sums[i % 2].iter_mut().zip(line.chunks_exact(F::BYTES)) {
+            *acc = F::value(w).mul_add(act.float(i), *acc);
+        }
+    }
+}
