@@ -146,7 +146,7 @@ impl Cx<'_> {
     /// Nothing else may read or write these values while the slice lives: the caller is the one tile of the op
     /// that writes them.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part_mut(&self, buf: Buf, row: usize, columns: std::ops::Range<usize>) -> &mut [f32] {
+    pub unsafe fn part_mut(&self, buf: Buf, row: usize, columns: Range<usize>) -> &mut [f32] {
         let (n, width) = (self.n_rows(buf), self.plan.width(buf));
         assert!(row < n && columns.end <= width, "row {row} of {n}, columns {columns:?} of {width}");
         let start = self.plan.columns(buf).start * n + row * width;
@@ -172,8 +172,8 @@ impl Cx<'_> {
 
     /// What a store holds.
     pub fn quantized(&self, store: usize) -> &QuantRows {
-        // SAFETY: a store has no reader in the wave that fills it (`schedule`), and writers are gone when their wave is
-        // over.
+        // SAFETY: a store has no reader in the wave that fills it (asserted in `CpuExec::new`), and writers are gone when
+        // their wave is over.
         unsafe { &self.stores.get(store..store + 1)[0] }
     }
 
@@ -205,10 +205,11 @@ impl CpuExec {
         let (mut tasks, mut waves) = (Vec::new(), Vec::new());
         for items in schedule.waves {
             let first = tasks.len();
-            let mut fills = Vec::new();
+            let (mut fills, mut reads) = (Vec::new(), Vec::new());
             for item in items {
                 let kind = match item.work {
                     Work::Op(i) => {
+                        reads.extend(schedule.reads[i]);
                         Kind::Op(CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
@@ -217,7 +218,8 @@ impl CpuExec {
                 fills.extend(item.fills);
                 tasks.push(Task { kind, fills: start..fills.len() });
             }
-            assert!((1..fills.len()).all(|i| !fills[..i].contains(&fills[i])), "stores {fills:?} of a wave");
+            let alone = |i: usize| !fills[..i].contains(&fills[i]) && !reads.contains(&fills[i]);
+            assert!((0..fills.len()).all(alone), "a wave fills stores {fills:?} and reads {reads:?}");
             waves.push(Wave { tasks: first..tasks.len(), fills });
         }
         CpuExec {
@@ -296,7 +298,7 @@ impl Exec for CpuExec {
         for wave in &self.waves {
             let tasks = &self.tasks[wave.tasks.clone()];
             writers.extend(wave.fills.iter().map(|&store| {
-                // SAFETY: the stores of a wave are all different, and nobody reads them before the next one.
+                // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
                 unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
             }));
             if n_threads == 1 || tasks.iter().map(|task| task.work(&cx)).sum::<Nanos>() < self.share_from {

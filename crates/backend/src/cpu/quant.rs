@@ -253,5 +253,19 @@ mod tests {
              MatMul<0
              Add",
         );
+        // Made while the other is still read.
+        check(
+            |p| {
+                let x = p.input(8);
+                let a = p.matmul(x, &matrix(1));
+                let y = p.silu_mul(x, x);
+                let b = p.matmul(y, &matrix(1));
+                p.add(a, b)
+            },
+            "Input>0
+             MatMul<0 SiluMul>1
+             MatMul<1
+             Add",
+        );
     }
 }

@@ -177,7 +177,7 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
     let mut random = Random::new(3);
     let [a, b, table] =
         [(8, 40), (40, 8), (8, 8)].map(|(n_in, n_out)| upload(&backend, &mut random, n_in, n_out));
-    let mut compile = |matrices: [&Matrix; 2]| {
+    let compile = |matrices: [&Matrix; 2]| {
         let mut p = PlanBuilder::new(&[]);
         let x = p.embed(&table, 1.0);
         let x = p.matmul(x, matrices[0]);
