@@ -20,10 +20,9 @@ pub fn table() -> Option<PackedTable> {
 }
 
 /// Kernels for one to six columns: twelve integer sums and twelve of floats leave eight registers. With eight columns some of
-/// them live in memory, and two passes of four are faster. One column takes the strips in turn: it waits for memory only, which likes one
-/// stream better than two.
+/// them live in memory, and two passes of four are faster.
 pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-    &[tile::<F, 1, 1>, tile::<F, 2, 2>, tile::<F, 3, 2>, tile::<F, 4, 2>, tile::<F, 5, 2>, tile::<F, 6, 2>]
+    &[tile::<F, 1, 2>, tile::<F, 2, 2>, tile::<F, 3, 2>, tile::<F, 4, 2>, tile::<F, 5, 2>, tile::<F, 6, 2>]
 }
 
 /// The same for formats of floats, which have four sums in registers for each column.
