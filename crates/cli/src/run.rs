@@ -67,7 +67,7 @@ pub struct RunArgs {
     /// Goes on past the end of the answer
     #[arg(long)]
     ignore_eos: bool,
-    /// Shows accepted draft tokens in colour
+    /// Shows accepted draft tokens in colour, and thoughts with their tags where they come
     #[arg(long)]
     show_draft: bool,
     /// Prints one JSON object at the end in place of the text

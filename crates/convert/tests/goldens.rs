@@ -320,7 +320,10 @@ fn dflash() {
         model.same(&blk("attn_k"), &layer("self_attn.k_proj"), &[40, 28]);
         model.same(&blk("attn_v"), &layer("self_attn.v_proj"), &[40, 28]);
         model.same(&blk("attn_output"), &layer("self_attn.o_proj"), &[84, 40]);
+        model.same(&blk("attn_q_norm"), &layer("self_attn.q_norm"), &[14]);
         model.same(&blk("attn_k_norm"), &layer("self_attn.k_norm"), &[14]);
+        model.same(&blk("ffn_gate"), &layer("mlp.gate_proj"), &[40, 52]);
+        model.same(&blk("ffn_up"), &layer("mlp.up_proj"), &[40, 52]);
         model.same(&blk("ffn_down"), &layer("mlp.down_proj"), &[52, 40]);
     }
     assert_eq!(model.file.tensors().len(), 3 + 11 * 3);

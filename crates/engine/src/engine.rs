@@ -482,6 +482,11 @@ impl Engine {
             .collect()
     }
 
+    /// The figures so far of a request that has a slot.
+    pub fn stats(&self, id: RequestId) -> Option<&crate::Stats> {
+        self.slots.iter().flatten().find(|active| active.request == id).map(|active| &active.stats)
+    }
+
     /// Requests that wait for a slot.
     pub fn n_waiting(&self) -> usize {
         self.waiting.len()

@@ -240,6 +240,30 @@ fn a_cancel_frees_slot_and_memory_at_once() {
     }
 }
 
+/// Before they started, in the middle of their prompt and behind drafts: nothing of those who left adds up.
+#[test]
+fn a_thousand_cancels_leave_nothing() {
+    let model = HashModel::new(7, HashKind::Hybrid);
+    let drafter = oracle(model.clone(), 15, Accept::Varying, 1);
+    let mut world = World::new(model, Some(drafter), Sizes { n_slot: 2, n_ubatch: 8, ..Sizes::ROOMY });
+    for id in 0..1200 {
+        let long = Request { n_predict: Some(200), ..request(id, "longer than a batch, so in chunks") };
+        world.submit(long).expect("valid");
+        for _ in 0..id % 7 {
+            world.step();
+        }
+        if id >= 2 {
+            world.cancel(RequestId(id - 2));
+        }
+        assert!(world.engine.usage().n_seq <= 2, "{:?} after {id}", world.engine.usage());
+    }
+    let n_told: Vec<usize> = world.told.values().filter_map(|told| told.cancelled).collect();
+    let n_early = n_told.iter().filter(|&&n| n == 0).count();
+    assert!(n_told.len() >= 1000 && (100..900).contains(&n_early), "{n_early} of {}", n_told.len());
+    world.run();
+    world.check();
+}
+
 #[test]
 fn a_full_cache_fails_one_and_not_all() {
     let model = HashModel::new(8, HashKind::Hybrid);

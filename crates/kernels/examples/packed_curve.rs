@@ -1,9 +1,10 @@
-//! What n columns of a packed matrix cost: `cargo run --release -p paceline-kernels --example packed_curve -- [TYPE…] [--isa ISA]`.
+//! What n columns of a packed matrix cost: `cargo run --release -p paceline-kernels --example packed_curve -- [TYPE…] [--isa ISA] [--near]`.
 //!
 //! Copies of a 9728 x 2560 matrix, together larger than any cache, are multiplied in pieces of about a megabyte on one
 //! thread. A piece counts only if the thread was on a core all the time (CPU time = elapsed time); the cost of a column count is the
 //! median of those pieces, and all column counts take turns, so that whatever else runs disturbs them alike. `read` is
-//! the same sweep without arithmetic.
+//! the same sweep without arithmetic. With `--near` it is always the same piece, half the size, so that what remains is arithmetic
+//! over tiles in the second-level cache.
 
 use std::time::{Duration, Instant};
 
@@ -20,12 +21,15 @@ const ROUNDS: usize = 7;
 fn main() {
     let mut types = Vec::new();
     let mut table = PackedTable::of(KernelTable::best().unwrap_or_else(|error| panic!("{error}")));
+    let mut near = false;
     let mut args = std::env::args().skip(1);
     while let Some(arg) = args.next() {
         if arg == "--isa" {
             let isa = args.next().expect("an instruction set after --isa");
             let found = PackedTable::available().iter().find(|table| table.isa == isa);
             table = found.unwrap_or_else(|| panic!("this machine has no {isa}"));
+        } else if arg == "--near" {
+            near = true;
         } else {
             let found = ALL.iter().find(|ty| ty.name() == arg);
             types.push(*found.unwrap_or_else(|| panic!("no packed form of {arg}")));
@@ -36,7 +40,7 @@ fn main() {
     }
     println!("# {}, [{N_OUT}, {N_IN}], one thread", table.isa);
     println!("type,n,ms,GB/s,share of read,GMAC/s,ratio to n=1,pieces");
-    types.iter().for_each(|ty| curve(table, *ty));
+    types.iter().for_each(|ty| curve(table, *ty, near));
 }
 
 const ALL: [GgmlType; 10] = [
@@ -52,11 +56,11 @@ const ALL: [GgmlType; 10] = [
     GgmlType::F32,
 ];
 
-fn curve(table: &PackedTable, ty: GgmlType) {
+fn curve(table: &PackedTable, ty: GgmlType, near: bool) {
     let team = Team::new(2);
     let row_bytes = N_IN / ty.block_len() * ty.block_bytes();
     let source: Vec<u8> =
-        (0..N_OUT * row_bytes).map(|i| if i % 3 == 1 { 0x21 } else { (i * 73 >> 2) as u8 }).collect();
+        (0..N_OUT * row_bytes).map(|i| if i % 3 == 1 { 0x21 } else { ((i * 73) >> 2) as u8 }).collect();
     let start = Instant::now();
     let copies: Vec<PackedMatrix> = (0..BYTES.div_ceil(source.len()))
         .map(|_| pack(ty, &source, N_IN, N_OUT, &team, &|_| ()).expect("memory").expect("a packed form"))
@@ -66,8 +70,9 @@ fn curve(table: &PackedTable, ty: GgmlType) {
 
     let x: Vec<f32> = (0..128 * N_IN).map(|i| (i as f32 * 12.9898).sin()).collect();
     let w = &copies[0];
-    let groups_per_piece = ((1 << 20) * w.n_groups() / w.bytes()).max(1);
-    let mut out = vec![0.0; 128 * groups_per_piece * 16];
+    let piece_bytes = if near { 1 << 19 } else { 1 << 20 };
+    let groups_per_piece = (piece_bytes * w.n_groups() / w.bytes()).max(1);
+    let mut out = vec![0.0; 128 * groups_per_piece * 32];
     let mut rows = QuantRows::new();
     let mut pieces: Vec<Vec<f64>> = vec![Vec::new(); N.len() + 1];
     for round in 0..ROUNDS {
@@ -76,14 +81,15 @@ fn curve(table: &PackedTable, ty: GgmlType) {
                 continue;
             }
             rows.quantize_rows(table, w.grain(), &x[..n * N_IN], n, N_IN);
-            for w in &copies {
+            for w in if near { &copies[..1] } else { &copies } {
                 for first in (0..w.n_groups() / groups_per_piece).map(|piece| piece * groups_per_piece) {
+                    let first = if near { 0 } else { first };
                     let groups = first..first + groups_per_piece;
                     let (cpu, start) = (cpu_time(), Instant::now());
                     if n == 0 {
                         std::hint::black_box(read(w.tiles(groups)));
                     } else {
-                        table.product(w, groups, &rows, &mut out[..n * groups_per_piece * 16]);
+                        table.product(w, groups, &rows, &mut out[..n * groups_per_piece * 32]);
                     }
                     let elapsed = start.elapsed();
                     if elapsed < (cpu_time() - cpu).mul_f64(1.05) + Duration::from_micros(2) {

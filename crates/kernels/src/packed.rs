@@ -4,10 +4,11 @@
 //! out[c][r] = Σ_i w[r][i] · x[c][i]        w [n_out, n_in]   x [n, n_in]   out [n, n_out]
 //! ```
 //!
-//! A *tile* is sixteen weight rows by 256 inputs of one matrix, repacked once at load ([`PackedMatrix`]) so that a
+//! A *tile* is 32 weight rows by 256 inputs of one matrix, repacked once at load ([`PackedMatrix`]): two *strips* in which a
 //! 64-byte line holds four successive codes of all sixteen rows. One load and one unpack then serve as many columns of `x`
 //! as there are: each multiplies the same register with four of its own activations, broadcast, and no sum ever
-//! crosses lanes. That keeps the price of verifying n tokens flat until arithmetic, not memory, is the limit.
+//! crosses lanes. That keeps the price of verifying n tokens flat until arithmetic, not memory, is the limit. (Two strips,
+//! because then each activation that is loaded is multiplied twice, and loads are what the arithmetic runs into first.)
 //!
 //! Columns arrive quantised ([`QuantRows`]): 8-bit integers under a scale, once per input row whatever number of matrices
 //! multiply it. Which scales a format wants is its [`Grain`]. Formats of plain floats multiply `f32` instead, in the
@@ -19,7 +20,7 @@
 //! ```text
 //! Per32    acc = fma(d_w·d_x, Σ q·a, acc)                      for each sub-block
 //! Per256   part = fma(Σ q·a, scale, part)                      for each sub-block, from zero; then
-//!          acc = fma(d_w·d_x, part, acc),  acc = fma(-(dmin_w·d_x), Σ min·(Σ a), acc)
+//!          part = d_w·part,  part = fma(-dmin_w, Σ min·(Σ a), part),  acc = fma(d_x, part, acc)
 //! F32      acc[i % 2] = fma(w, x, acc[i % 2])                  and acc[0] + acc[1] at the end
 //! ```
 //!

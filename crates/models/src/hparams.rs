@@ -51,7 +51,11 @@ impl Hparams {
             None => n_head,
         };
         if n_head_kv == 0 || n_head % n_head_kv != 0 {
-            return Err(w.hparam(&w.key("attention.head_count_kv"), format!("a divisor of {n_head} query heads"), n_head_kv));
+            return Err(w.hparam(
+                &w.key("attention.head_count_kv"),
+                format!("a divisor of {n_head} query heads"),
+                n_head_kv,
+            ));
         }
         let head_dim = match meta.u32(&w.key("attention.key_length"))? {
             Some(n) => n as usize,
@@ -60,7 +64,11 @@ impl Hparams {
         if let Some(n) = meta.u32(&w.key("attention.value_length"))?
             && n as usize != head_dim
         {
-            return Err(w.hparam(&w.key("attention.value_length"), format!("{head_dim}, the width of a key"), n));
+            return Err(w.hparam(
+                &w.key("attention.value_length"),
+                format!("{head_dim}, the width of a key"),
+                n,
+            ));
         }
         let n_rot = meta.u32(&w.key("rope.dimension_count"))?.map_or(head_dim, |n| n as usize);
         if head_dim == 0 || head_dim % 2 != 0 || n_rot > head_dim || n_rot % 2 != 0 {
@@ -72,7 +80,11 @@ impl Hparams {
         }
         let scaling = meta.str(&w.key("rope.scaling.type"))?.unwrap_or("none");
         if scaling != "none" {
-            return Err(w.hparam(&w.key("rope.scaling.type"), "none (other scalings are not supported yet)", scaling));
+            return Err(w.hparam(
+                &w.key("rope.scaling.type"),
+                "none (other scalings are not supported yet)",
+                scaling,
+            ));
         }
         let hparams = Hparams {
             n_layer: count("block_count")?,
@@ -87,7 +99,9 @@ impl Hparams {
             n_rot,
             rope_base: meta.f32(&w.key("rope.freq_base"))?.unwrap_or(10_000.0),
         };
-        for (what, value) in [("attention.layer_norm_rms_epsilon", hparams.eps), ("rope.freq_base", hparams.rope_base)] {
+        for (what, value) in
+            [("attention.layer_norm_rms_epsilon", hparams.eps), ("rope.freq_base", hparams.rope_base)]
+        {
             if !(value.is_finite() && value > 0.0) {
                 return Err(w.hparam(&w.key(what), "a positive number", value));
             }

@@ -83,7 +83,11 @@ pub fn load(file: &Arc<Gguf>, backend: &Arc<dyn Backend>) -> Result<Box<dyn Mode
             file: file.name().to_string(),
             arch: name.to_string(),
             known: ARCHS.iter().map(|a| a.name).collect::<Vec<_>>().join(", "),
-            hint: if name.contains("dflash") { "; this is a drafter: give it with -md and its target with -m" } else { "" },
+            hint: if name.contains("dflash") {
+                "; this is a drafter: give it with -md and its target with -m"
+            } else {
+                ""
+            },
         });
     };
     (arch.load)(&Weights::new(file.clone(), backend.clone(), arch.name))

@@ -4,7 +4,7 @@
 //! The file's `post_attention_norm` is the norm before the feed-forward layer, despite its name. Blocks behind
 //! the main layers are multi-token-prediction heads and are not part of this forward.
 
-use paceline_backend::{BlockMask, Buf, HeadMap, Pairing, PlanBuilder, RopeSpec, StateDecl, StateId, Vector};
+use paceline_backend::{Buf, HeadMap, PlanBuilder, StateDecl, StateId, Vector};
 
 use crate::{
     Arch, Error, Hparams, Model, SharedWeights, Weights,
@@ -40,23 +40,16 @@ impl Qwen35 {
         let n_block = hp.n_layer;
         let n_head_layers = meta.u32(&w.key("nextn_predict_layers"))?.unwrap_or(0) as usize;
         if n_head_layers >= n_block {
-            return Err(w.hparam(&w.key("nextn_predict_layers"), format!("less than {n_block} blocks"), n_head_layers));
+            return Err(w.hparam(
+                &w.key("nextn_predict_layers"),
+                format!("less than {n_block} blocks"),
+                n_head_layers,
+            ));
         }
         hp.n_layer -= n_head_layers;
         let recurrent = recurrent_layers(w, hp.n_layer)?;
         let delta = delta_shape(w, &hp)?;
-        let attention = AttentionShape {
-            n_embd: hp.n_embd,
-            n_head: hp.n_head,
-            n_head_kv: hp.n_head_kv,
-            head_dim: hp.head_dim,
-            rope: RopeSpec { n_rot: hp.n_rot, base: hp.rope_base, pairing: Pairing::HalfSplit, factors: None },
-            eps: hp.eps,
-            gated: true,
-            head_norm: true,
-            mask: BlockMask::Causal,
-            window: None,
-        };
+        let attention = AttentionShape { gated: true, ..AttentionShape::of(&hp) };
         let mut states = Vec::new();
         let mut layers = Vec::with_capacity(hp.n_layer);
         for (il, recurrent) in recurrent.into_iter().enumerate() {
@@ -101,7 +94,8 @@ fn delta_shape(w: &Weights, hp: &Hparams) -> Result<DeltaNetShape, Error> {
     let meta = w.metadata();
     let read = |suffix: &str| meta.require_u32(&w.key(suffix)).map(|n| n as usize);
     let (n_head_k, n_head_v) = (read("ssm.group_count")?, read("ssm.time_step_rank")?);
-    let (dim, inner, conv_width) = (read("ssm.state_size")?, read("ssm.inner_size")?, read("ssm.conv_kernel")?);
+    let (dim, inner, conv_width) =
+        (read("ssm.state_size")?, read("ssm.inner_size")?, read("ssm.conv_kernel")?);
     if n_head_k == 0 || n_head_v == 0 || n_head_v % n_head_k != 0 {
         let expected = format!("a multiple of the {n_head_k} key heads");
         return Err(w.hparam(&w.key("ssm.time_step_rank"), expected, n_head_v));

@@ -41,7 +41,13 @@ impl Rig {
 
     /// Runs `tokens` behind the committed ones of `seq` and commits the first `n_commit`. Returns hidden states by
     /// layer and logits of the committed rows.
-    fn step(&mut self, seq: paceline_memory::SeqId, tokens: &[u32], n_certain: usize, n_commit: usize) -> Rows {
+    fn step(
+        &mut self,
+        seq: paceline_memory::SeqId,
+        tokens: &[u32],
+        n_certain: usize,
+        n_commit: usize,
+    ) -> Rows {
         let n = tokens.len();
         let past = self.memory.len(seq) as u32;
         self.memory.prepare(seq, n, n_certain).unwrap();

@@ -292,13 +292,6 @@ impl EngineThread {
     }
 
     fn finish_all(&mut self) {
-        let drafted: HashMap<RequestId, (usize, usize)> = self
-            .guard(|engine, _| engine.slots())
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(|slot| Some((slot.request?, slot.n_draft)))
-            .collect();
-        let has_drafter = self.engine.as_ref().is_some_and(|engine| engine.drafter().is_some());
         let ids: Vec<RequestId> = self.flights.keys().copied().collect();
         for id in ids {
             let Some(flight) = self.flights.get(&id) else { continue };
@@ -307,16 +300,9 @@ impl EngineThread {
                 continue;
             }
             let mut timings = flight.timings();
-            (timings.draft_n, timings.draft_n_accepted) = drafted.get(&id).copied().unwrap_or_default();
-            let stats = Stats {
-                n_prompt: flight.n_prompt,
-                n_cached: flight.n_cached,
-                n_predicted: flight.n_predicted,
-                n_draft: timings.draft_n,
-                n_accepted: timings.draft_n_accepted,
-                speculation: if has_drafter { SpeculationNote::Active } else { SpeculationNote::NoDrafter },
-                ..Stats::default()
-            };
+            // An engine that is down has no figures to give.
+            let stats = self.guard(|engine, _| engine.stats(id).cloned()).ok().flatten().unwrap_or_default();
+            (timings.draft_n, timings.draft_n_accepted) = (stats.n_draft, stats.n_accepted);
             self.end(id, Progress::Done { text: String::new(), ending: Ending::ShutDown, stats, timings });
         }
     }

@@ -1,4 +1,5 @@
-//! Packed kernels for AVX2, with and without VNNI: eight of the sixteen rows in a vector, both halves in turn.
+//! Packed kernels for AVX2, with and without VNNI: half a strip in a vector, one or two of
+//! the four halves at a time.
 //!
 //! Without VNNI four products become 32 bits by way of 16: `maddubs` multiplies bytes and adds pairs, *saturating*. So operands have
 //! to be small: `2 · 127 · MAX` fits 16 bits for all but whole bytes, and of the smaller ones several sums fit before
@@ -39,40 +40,44 @@ pub struct Plain;
 pub struct Vnni;
 
 impl Plain {
-    /// Kernels for one to four columns: what sixteen registers have room for.
+    /// Kernels for one to four columns, or three where signs have to be moved: what sixteen registers have room for.
     pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-        &[plain::<F, 1>, plain::<F, 2>, plain::<F, 3>, plain::<F, 4>]
+        if F::MAX > 127 {
+            &[plain::<F, 1, 2>, plain::<F, 2, 2>, plain::<F, 3, 1>]
+        } else {
+            &[plain::<F, 1, 2>, plain::<F, 2, 2>, plain::<F, 3, 1>, plain::<F, 4, 1>]
+        }
     }
 
     /// The same for formats of floats.
     pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
-        &[floats::<F, 1>, floats::<F, 2>, floats::<F, 3>, floats::<F, 4>]
+        &[floats::<F, 1, 2>, floats::<F, 2, 2>, floats::<F, 3, 1>, floats::<F, 4, 1>]
     }
 }
 
 impl Vnni {
-    /// Kernels for one to five columns.
+    /// Kernels for one to four columns.
     pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-        &[vnni::<F, 1>, vnni::<F, 2>, vnni::<F, 3>, vnni::<F, 4>, vnni::<F, 5>]
+        &[vnni::<F, 1, 2>, vnni::<F, 2, 2>, vnni::<F, 3, 1>, vnni::<F, 4, 1>]
     }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn plain<F: IntFormat, const NC: usize>(call: &TileCall) {
+unsafe fn plain<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::tile::<Plain, F, NC>(call) }
+    unsafe { isa::tile::<Plain, F, NC, NV>(call) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn floats<F: FloatFormat, const NC: usize>(call: &TileCall) {
+unsafe fn floats<F: FloatFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::float_tile::<Plain, F, NC>(call) }
+    unsafe { isa::float_tile::<Plain, F, NC, NV>(call) }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-unsafe fn vnni<F: IntFormat, const NC: usize>(call: &TileCall) {
+unsafe fn vnni<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::tile::<Vnni, F, NC>(call) }
+    unsafe { isa::tile::<Vnni, F, NC, NV>(call) }
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {

@@ -1,4 +1,4 @@
-//! Packed kernels for AVX-512 with VNNI: all sixteen rows in a vector, four multiplications in a lane at a time.
+//! Packed kernels for AVX-512 with VNNI: a strip in a vector, both strips together, four multiplications in a lane at a time.
 
 use std::arch::x86_64::*;
 
@@ -19,21 +19,13 @@ pub fn table() -> Option<PackedTable> {
     detected.then_some(PackedTable { isa: "avx512", kernels: |format| format.kernels.avx512, fill })
 }
 
-/// Kernels for one to eight columns: eight integer sums and eight partial ones leave half of the registers free.
+/// Kernels for one to six columns: twelve integer sums and twelve of floats leave eight registers. With eight columns some of
+/// them live in memory, and two passes of four are faster.
 pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-    &[
-        tile::<F, 1>,
-        tile::<F, 2>,
-        tile::<F, 3>,
-        tile::<F, 4>,
-        tile::<F, 5>,
-        tile::<F, 6>,
-        tile::<F, 7>,
-        tile::<F, 8>,
-    ]
+    &[tile::<F, 1, 2>, tile::<F, 2, 2>, tile::<F, 3, 2>, tile::<F, 4, 2>, tile::<F, 5, 2>, tile::<F, 6, 2>]
 }
 
-/// The same for formats of floats.
+/// The same for formats of floats, which have four sums in registers for each column.
 pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
     &[
         float_tile::<F, 1>,
@@ -42,21 +34,19 @@ pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
         float_tile::<F, 4>,
         float_tile::<F, 5>,
         float_tile::<F, 6>,
-        float_tile::<F, 7>,
-        float_tile::<F, 8>,
     ]
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn tile<F: IntFormat, const NC: usize>(call: &TileCall) {
+unsafe fn tile<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::tile::<I32x16, F, NC>(call) }
+    unsafe { isa::tile::<I32x16, F, NC, NV>(call) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn float_tile<F: FloatFormat, const NC: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::float_tile::<I32x16, F, NC>(call) }
+    unsafe { isa::float_tile::<I32x16, F, NC, 2>(call) }
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {

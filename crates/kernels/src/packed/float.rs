@@ -1,4 +1,4 @@
-//! F32, F16 and BF16, packed: the sixteen weights of an input one behind the other, multiplied in `f32`.
+//! F32, F16 and BF16, packed: the sixteen weights of an input in a strip one behind the other, multiplied in `f32`.
 //!
 //! Two chains of fused multiply-adds for each output, even inputs and odd ones: one alone would wait for its own latency.
 //! (The instruction that multiplies pairs of BF16 has half the rate of this on the cores measured, and rounds otherwise.)
@@ -6,7 +6,7 @@
 use half::f16;
 use paceline_gguf::GgmlType;
 
-use super::format::{PackedFormat, ROWS};
+use super::format::{PackedFormat, ROWS, STRIP};
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use super::product::TileCall;
@@ -86,10 +86,16 @@ impl FloatFormat for Brain {
     }
 }
 
+/// Bytes of a strip with so many inputs.
+pub const fn strip_bytes<F: FloatFormat>(n_inputs: usize) -> usize {
+    (n_inputs * STRIP * F::BYTES).next_multiple_of(64)
+}
+
 /// Adds one row to a tile.
 pub fn pack_row<F: FloatFormat>(source: &[u8], n_inputs: usize, row: usize, tile: &mut [u8]) {
+    let (strip, row) = (&mut tile[row / STRIP * strip_bytes::<F>(n_inputs)..], row % STRIP);
     let weights = source.chunks_exact(F::BYTES).take(n_inputs);
-    for (weight, line) in weights.zip(tile.chunks_exact_mut(ROWS * F::BYTES)) {
+    for (weight, line) in weights.zip(strip.chunks_exact_mut(STRIP * F::BYTES)) {
         line[row * F::BYTES..(row + 1) * F::BYTES].copy_from_slice(weight);
     }
 }
@@ -99,14 +105,18 @@ pub fn pack_row<F: FloatFormat>(source: &[u8], n_inputs: usize, row: usize, tile
 /// # Safety
 /// See [`TileFn`](super::product::TileFn).
 pub unsafe fn tile<F: FloatFormat>(call: &TileCall) {
-    // SAFETY: the tile has sixteen weights for each input, there is one column, and its sums are ours, by contract.
+    let strip_bytes = strip_bytes::<F>(call.n_inputs);
+    // SAFETY: the tile has its strips, there is one column, and its sums are ours, by contract.
     let (tile, act, sums) = unsafe {
-        let tile = std::slice::from_raw_parts(call.tile, call.n_inputs * ROWS * F::BYTES);
+        let tile = std::slice::from_raw_parts(call.tile, ROWS / STRIP * strip_bytes);
         (tile, &*call.acts, &mut *call.sums)
     };
-    for (i, line) in tile.chunks_exact(ROWS * F::BYTES).enumerate() {
-        for (acc, w) in sums[i % 2].iter_mut().zip(line.chunks_exact(F::BYTES)) {
-            *acc = F::value(w).mul_add(act.float(i), *acc);
+    for (s, strip) in tile.chunks_exact(strip_bytes).enumerate() {
+        for (i, line) in strip.chunks_exact(STRIP * F::BYTES).take(call.n_inputs).enumerate() {
+            let acc = &mut sums[i % 2][s * STRIP..(s + 1) * STRIP];
+            for (acc, w) in acc.iter_mut().zip(line.chunks_exact(F::BYTES)) {
+                *acc = F::value(w).mul_add(act.float(i), *acc);
+            }
         }
     }
 }

@@ -11,8 +11,10 @@ use super::scalar;
 #[cfg(target_arch = "x86_64")]
 use super::{avx2, avx512};
 
-/// Rows of a tile.
-pub const ROWS: usize = 16;
+/// Rows of a tile: two strips.
+pub const ROWS: usize = 32;
+/// Rows whose codes share a line.
+pub const STRIP: usize = 16;
 /// Inputs of a sub-block.
 pub const SUB: usize = 32;
 
@@ -47,7 +49,7 @@ impl PackedFormat {
         Self {
             ty: F::TY,
             grain: F::GRAIN,
-            tile_bytes: |n| Layout::of::<F>(n / SUB).bytes,
+            tile_bytes: |n| ROWS / STRIP * Layout::of::<F>(n / SUB).bytes,
             pack_row: pack_row::<F>,
             kernels: Kernels {
                 scalar: &[scalar::tile::<F>],
@@ -65,7 +67,7 @@ impl PackedFormat {
         Self {
             ty: F::TY,
             grain: Grain::F32,
-            tile_bytes: |n| (n * ROWS * F::BYTES).next_multiple_of(64),
+            tile_bytes: |n| ROWS / STRIP * super::float::strip_bytes::<F>(n),
             pack_row: super::float::pack_row::<F>,
             kernels: Kernels {
                 scalar: &[super::float::tile::<F>],
@@ -128,7 +130,7 @@ pub struct RowBlocks {
     pub d_min: [u8; 2],
 }
 
-/// Where things are in a tile: codes, then
+/// Where things are in a strip: codes, then
 ///
 /// ```text
 /// Per32    d[n_subs][16], f16
@@ -148,19 +150,20 @@ impl Layout {
         let scales = n_subs * F::SUB_BYTES;
         let (mins, d, end) = match F::GRAIN {
             Grain::Per256 => {
-                let mins = scales + 8 * SUB / F::STEP * ROWS;
-                let d = if F::MINS { mins + 8 * ROWS } else { mins };
-                (mins, d, d + if F::MINS { 4 * ROWS } else { 2 * ROWS })
+                let mins = scales + 8 * SUB / F::STEP * STRIP;
+                let d = if F::MINS { mins + 8 * STRIP } else { mins };
+                (mins, d, d + if F::MINS { 4 * STRIP } else { 2 * STRIP })
             }
-            _ => (scales, scales, scales + n_subs * 2 * ROWS),
+            _ => (scales, scales, scales + n_subs * 2 * STRIP),
         };
-        Self { scales, mins, d, d_min: d + 2 * ROWS, bytes: end.next_multiple_of(64) }
+        Self { scales, mins, d, d_min: d + 2 * STRIP, bytes: end.next_multiple_of(64) }
     }
 }
 
 fn pack_row<F: IntFormat>(source: &[u8], n_inputs: usize, row: usize, tile: &mut [u8]) {
     let n_subs = n_inputs / SUB;
     let at = Layout::of::<F>(n_subs);
+    let (tile, row) = (&mut tile[row / STRIP * at.bytes..][..at.bytes], row % STRIP);
     let mut blocks =
         RowBlocks { codes: [[0; SUB]; 8], scales: [0; 16], mins: [0; 8], d: [[0; 2]; 8], d_min: [0; 2] };
     F::read(source, &mut blocks);
@@ -174,13 +177,13 @@ fn pack_row<F: IntFormat>(source: &[u8], n_inputs: usize, row: usize, tile: &mut
             if F::MINS {
                 half(at.d_min, blocks.d_min);
                 for (s, min) in blocks.mins.iter().enumerate() {
-                    tile[at.mins + s / 2 * 2 * ROWS + 2 * row + s % 2] = *min;
+                    tile[at.mins + s / 2 * 2 * STRIP + 2 * row + s % 2] = *min;
                 }
             }
             for (i, scale) in blocks.scales[..8 * SUB / F::STEP].iter().enumerate() {
-                tile[at.scales + i * ROWS + row] = *scale as u8;
+                tile[at.scales + i * STRIP + row] = *scale as u8;
             }
         }
-        _ => (0..n_subs).for_each(|s| half(at.d + s * 2 * ROWS, blocks.d[s])),
+        _ => (0..n_subs).for_each(|s| half(at.d + s * 2 * STRIP, blocks.d[s])),
     }
 }

@@ -3,13 +3,16 @@
 //! Everything is `#[inline(always)]` and ends up inside a function of `avx2` or `avx512` that has the features
 //! enabled: that is what "has the instructions of `V`" in the contracts below means.
 
+// Columns and vectors index several arrays of registers at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::Grain;
-use super::float::FloatFormat;
-use super::format::{IntFormat, Layout, ROWS, SUB};
+use super::float::{FloatFormat, strip_bytes};
+use super::format::{IntFormat, Layout, ROWS, STRIP, SUB};
 use super::product::TileCall;
 use super::rows::{ActBlock, MINUS_8, MINUS_32, MINUS_128, SCALES, SUMS};
 
-/// Vectors of `LANES` 32-bit lanes: a half or the whole of sixteen rows.
+/// Vectors of `LANES` 32-bit lanes: a half or the whole of a strip.
 ///
 /// # Safety
 /// Of all functions: this CPU has the instructions, and pointers have as much behind them as the function says.
@@ -68,39 +71,39 @@ macro_rules! eight_times {
     };
 }
 
-/// Multiplies a tile of integer codes with `NC` columns.
+/// Multiplies a tile of integer codes with `NC` columns, `NV` vectors of rows at a time.
 ///
 /// # Safety
 /// This CPU has the instructions of `V`; and the contract of [`TileFn`](super::product::TileFn).
 #[inline(always)]
-pub unsafe fn tile<V: Isa, F: IntFormat, const NC: usize>(call: &TileCall) {
-    for half in 0..ROWS / V::LANES {
-        // SAFETY: by contract; each half of the rows has its part of the sums.
+pub unsafe fn tile<V: Isa, F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
+    for first in (0..ROWS / V::LANES).step_by(NV) {
+        // SAFETY: by contract; each vector of rows has its part of the sums.
         unsafe {
-            let mut acc = [V::splat(0.0); NC];
-            for c in 0..NC {
-                acc[c] = V::load_f32(sums_of::<V>(call, c, half).cast());
-            }
             if F::GRAIN == Grain::Per32 {
-                tile_per_32::<V, F, NC>(call, half, &mut acc);
+                tile_per_32::<V, F, NC, NV>(call, first);
             } else {
-                tile_per_256::<V, F, NC>(call, half, &mut acc);
-            }
-            for c in 0..NC {
-                V::store(acc[c], sums_of::<V>(call, c, half));
+                tile_per_256::<V, F, NC, NV>(call, first);
             }
         }
     }
 }
 
-/// The sums of one half of the rows in a column.
+/// Where vector `v` of the rows begins: the strip it is in, and which part of it.
+#[inline(always)]
+const fn place_of<V: Isa>(v: usize) -> (usize, usize) {
+    let per_strip = STRIP / V::LANES;
+    (v / per_strip, v % per_strip)
+}
+
+/// The sums of vector `v` of the rows in a column.
 ///
 /// # Safety
 /// `c` is one of the call's columns.
 #[inline(always)]
-unsafe fn sums_of<V: Isa>(call: &TileCall, c: usize, half: usize) -> *mut f32 {
+unsafe fn sums_of<V: Isa>(call: &TileCall, c: usize, v: usize) -> *mut f32 {
     // SAFETY: inside the first chain of sums `c`.
-    unsafe { call.sums.add(c).cast::<f32>().add(half * V::LANES) }
+    unsafe { call.sums.add(c).cast::<f32>().add(v * V::LANES) }
 }
 
 /// Word `i` of the block of column `c`.
@@ -130,45 +133,74 @@ unsafe fn first_sum<V: Isa, F: IntFormat>(call: &TileCall, c: usize, i: usize) -
     unsafe { words.map_or(V::zero(), |words| V::splat_32(word(call, c, words + i))) }
 }
 
-/// Lines of a full tile to prefetch in each of its sub-blocks.
-const fn lines_per_sub<F: IntFormat>() -> usize {
-    let lines = Layout::of::<F>(8).bytes / 64;
-    let per_sub = lines.div_ceil(8);
-    if per_sub > 8 { 8 } else { per_sub }
+/// The sums of these columns and vectors, so far.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn load_sums<V: Isa, const NC: usize, const NV: usize>(
+    call: &TileCall,
+    first: usize,
+) -> [[V::Float; NV]; NC] {
+    // SAFETY: by contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); NV]; NC];
+        for c in 0..NC {
+            for v in 0..NV {
+                acc[c][v] = V::load_f32(sums_of::<V>(call, c, first + v).cast());
+            }
+        }
+        acc
+    }
 }
 
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_per_32<V: Isa, F: IntFormat, const NC: usize>(
-    call: &TileCall,
-    half: usize,
-    acc: &mut [V::Float; NC],
-) {
+unsafe fn tile_per_32<V: Isa, F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall, first: usize) {
     let n_subs = call.n_inputs / SUB;
     let at = Layout::of::<F>(n_subs);
+    // SAFETY: each vector of rows has its part of the sums.
+    let mut acc = unsafe { load_sums::<V, NC, NV>(call, first) };
     for s in 0..n_subs {
-        // SAFETY: inside the tile of `n_subs` sub-blocks; the words are those of the layout of blocks.
+        // SAFETY: inside the strips of `n_subs` sub-blocks; the words are those of the layout of blocks.
         unsafe {
-            let lines = call.tile.add(s * F::SUB_BYTES + 4 * V::LANES * half);
-            let mut sum = [V::zero(); NC];
-            let mut narrow = [V::zero(); NC];
+            let mut sum = [[V::zero(); NV]; NC];
+            let mut narrow = sum;
             for c in 0..NC {
-                sum[c] = first_sum::<V, F>(call, c, s);
+                sum[c] = [first_sum::<V, F>(call, c, s); NV];
             }
             eight_times!(I, {
-                prefetch_line::<V, F>(call, half, s, I);
-                let w = F::operand::<V>(lines, I);
+                prefetch_lines::<V, F, NV>(call, first, s, I);
+                let mut w = [V::zero(); NV];
+                for v in 0..NV {
+                    let (strip, part) = place_of::<V>(first + v);
+                    let lines = call.tile.add(strip * at.bytes + s * F::SUB_BYTES + 4 * V::LANES * part);
+                    w[v] = F::operand::<V>(lines, I);
+                }
                 for c in 0..NC {
-                    V::dot::<F>(&mut sum[c], &mut narrow[c], w, V::splat_32(word(call, c, 8 * s + I)));
-                    V::settle::<F>(&mut sum[c], &mut narrow[c], I, 8);
+                    let a = V::splat_32(word(call, c, 8 * s + I));
+                    for v in 0..NV {
+                        V::dot::<F>(&mut sum[c][v], &mut narrow[c][v], w[v], a);
+                        V::settle::<F>(&mut sum[c][v], &mut narrow[c][v], I, 8);
+                    }
                 }
             });
-            let d = V::load_f16(call.tile.add(at.d + 2 * ROWS * s + 2 * V::LANES * half));
-            for c in 0..NC {
-                let d_act = V::splat(*word(call, c, SCALES + s).cast::<f32>());
-                acc[c] = V::mul_add(V::mul(d, d_act), V::to_float(sum[c]), acc[c]);
+            for v in 0..NV {
+                let (strip, part) = place_of::<V>(first + v);
+                let d = call.tile.add(strip * at.bytes + at.d + 2 * STRIP * s + 2 * V::LANES * part);
+                let d = V::load_f16(d);
+                for c in 0..NC {
+                    let d_act = V::splat(*word(call, c, SCALES + s).cast::<f32>());
+                    acc[c][v] = V::mul_add(V::mul(d, d_act), V::to_float(sum[c][v]), acc[c][v]);
+                }
             }
+        }
+    }
+    for c in 0..NC {
+        for v in 0..NV {
+            // SAFETY: as above.
+            unsafe { V::store(acc[c][v], sums_of::<V>(call, c, first + v)) };
         }
     }
 }
@@ -176,70 +208,91 @@ unsafe fn tile_per_32<V: Isa, F: IntFormat, const NC: usize>(
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-unsafe fn tile_per_256<V: Isa, F: IntFormat, const NC: usize>(
+unsafe fn tile_per_256<V: Isa, F: IntFormat, const NC: usize, const NV: usize>(
     call: &TileCall,
-    half: usize,
-    acc: &mut [V::Float; NC],
+    first: usize,
 ) {
     let at = const { Layout::of::<F>(8) };
-    // SAFETY: inside a whole tile of the format; the words are those of the layout of blocks.
+    // SAFETY: inside the strips of a whole tile of the format; the words are those of the layout of blocks.
     unsafe {
-        let mut part = [V::splat(0.0); NC];
+        let mut part_sum = [[V::splat(0.0); NV]; NC];
         for s in 0..8 {
-            let lines = call.tile.add(s * F::SUB_BYTES + 4 * V::LANES * half);
-            let mut sum = [V::zero(); NC];
-            let mut narrow = [V::zero(); NC];
+            let mut sum = [[V::zero(); NV]; NC];
+            let mut narrow = sum;
             eight_times!(I, {
                 let n_operands = F::STEP / 4;
                 let step = s * (SUB / F::STEP) + I / n_operands;
                 let i = I % n_operands;
                 if i == 0 {
                     for c in 0..NC {
-                        sum[c] = first_sum::<V, F>(call, c, step);
+                        sum[c] = [first_sum::<V, F>(call, c, step); NV];
                     }
                 }
-                prefetch_line::<V, F>(call, half, s, I);
-                let w = F::operand::<V>(lines, I);
+                prefetch_lines::<V, F, NV>(call, first, s, I);
+                let mut w = [V::zero(); NV];
+                for v in 0..NV {
+                    let (strip, part) = place_of::<V>(first + v);
+                    let lines = call.tile.add(strip * at.bytes + s * F::SUB_BYTES + 4 * V::LANES * part);
+                    w[v] = F::operand::<V>(lines, I);
+                }
                 for c in 0..NC {
-                    V::dot::<F>(&mut sum[c], &mut narrow[c], w, V::splat_32(word(call, c, 8 * s + I)));
-                    V::settle::<F>(&mut sum[c], &mut narrow[c], i, n_operands);
+                    let a = V::splat_32(word(call, c, 8 * s + I));
+                    for v in 0..NV {
+                        V::dot::<F>(&mut sum[c][v], &mut narrow[c][v], w[v], a);
+                        V::settle::<F>(&mut sum[c][v], &mut narrow[c][v], i, n_operands);
+                    }
                 }
                 if i + 1 == n_operands {
-                    let scale = V::load_i8(call.tile.add(at.scales + ROWS * step + V::LANES * half));
-                    for c in 0..NC {
-                        part[c] = V::mul_add(V::to_float(sum[c]), scale, part[c]);
+                    for v in 0..NV {
+                        let (strip, part) = place_of::<V>(first + v);
+                        let scale = strip * at.bytes + at.scales + STRIP * step + V::LANES * part;
+                        let scale = V::load_i8(call.tile.add(scale));
+                        for c in 0..NC {
+                            part_sum[c][v] = V::mul_add(V::to_float(sum[c][v]), scale, part_sum[c][v]);
+                        }
                     }
                 }
             });
         }
-        let d = V::load_f16(call.tile.add(at.d + 2 * V::LANES * half));
-        for c in 0..NC {
-            let d_act = V::splat(*word(call, c, SCALES).cast::<f32>());
-            acc[c] = V::mul_add(V::mul(d, d_act), part[c], acc[c]);
-        }
-        if F::MINS {
+        for v in 0..NV {
+            let (strip, part) = place_of::<V>(first + v);
+            let strip = call.tile.add(strip * at.bytes);
+            let d = V::load_f16(strip.add(at.d + 2 * V::LANES * part));
             let mut mins = [V::zero(); NC];
-            for pair in 0..4 {
-                let w = call.tile.add(at.mins + 2 * ROWS * pair + 2 * V::LANES * half);
-                for c in 0..NC {
-                    mins[c] = V::dot_mins(mins[c], w, V::splat_32(word(call, c, SUMS + pair)));
+            let mut d_min = d;
+            if F::MINS {
+                for pair in 0..4 {
+                    let w = strip.add(at.mins + 2 * STRIP * pair + 2 * V::LANES * part);
+                    for c in 0..NC {
+                        mins[c] = V::dot_mins(mins[c], w, V::splat_32(word(call, c, SUMS + pair)));
+                    }
                 }
+                d_min = V::load_f16(strip.add(at.d_min + 2 * V::LANES * part));
             }
-            let d_min = V::load_f16(call.tile.add(at.d_min + 2 * V::LANES * half));
             for c in 0..NC {
+                let mut part = V::mul(d, part_sum[c][v]);
+                if F::MINS {
+                    part = V::neg_mul_add(d_min, V::to_float(mins[c]), part);
+                }
                 let d_act = V::splat(*word(call, c, SCALES).cast::<f32>());
-                acc[c] = V::neg_mul_add(V::mul(d_min, d_act), V::to_float(mins[c]), acc[c]);
+                let acc = sums_of::<V>(call, c, first + v);
+                V::store(V::mul_add(d_act, part, V::load_f32(acc.cast())), acc);
             }
         }
     }
 }
 
-/// Prefetches one of the lines that belong to operand `i` of sub-block `s`.
+/// Prefetches the lines whose turn it is with operand `i` of sub-block `s`: about as many lines as a tile has by the end of it,
+/// an equal share with each of its vectors.
 #[inline(always)]
-fn prefetch_line<V: Isa, F: IntFormat>(call: &TileCall, half: usize, s: usize, i: usize) {
-    let per_sub = const { lines_per_sub::<F>() };
-    if half == 0 && i < per_sub {
-        V::prefetch(call.ahead.wrapping_add(64 * (s * per_sub + i)));
+fn prefetch_lines<V: Isa, F: IntFormat, const NV: usize>(call: &TileCall, first: usize, s: usize, i: usize) {
+    let per_sub = const {
+        let n_turns = 8 * ROWS / V::LANES / NV;
+        (ROWS / STRIP * Layout::of::<F>(8).bytes / 64).div_ceil(n_turns)
+    };
+    for line in i * per_sub / 8..(i + 1) * per_sub / 8 {
+        let at = 64 * ((8 * (first / NV) + s) * per_sub + line);
+        V::prefetch(call.ahead.wrapping_add(at));
     }
 }
 
@@ -248,46 +301,59 @@ fn prefetch_line<V: Isa, F: IntFormat>(call: &TileCall, half: usize, s: usize, i
 /// # Safety
 /// As for [`tile`].
 #[inline(always)]
-pub unsafe fn float_tile<V: Isa, F: FloatFormat, const NC: usize>(call: &TileCall) {
-    let row_bytes = ROWS * F::BYTES;
-    for half in 0..ROWS / V::LANES {
-        // SAFETY: by contract: the tile has `n_inputs` groups of sixteen weights, and a block as many values or more.
+pub unsafe fn float_tile<V: Isa, F: FloatFormat, const NC: usize, const NV: usize>(call: &TileCall) {
+    let row_bytes = STRIP * F::BYTES;
+    let strip_bytes = strip_bytes::<F>(call.n_inputs);
+    for first in (0..ROWS / V::LANES).step_by(NV) {
+        // SAFETY: by contract: a strip has `n_inputs` times sixteen weights, and a block as many values or more.
         unsafe {
-            let mut even = [V::splat(0.0); NC];
+            let mut even = [[V::splat(0.0); NV]; NC];
             let mut odd = even;
-            for c in 0..NC {
-                let sums = sums_of::<V>(call, c, half);
-                even[c] = V::load_f32(sums.cast());
-                odd[c] = V::load_f32(sums.add(ROWS).cast());
-            }
-            let weights = call.tile.add(F::BYTES * V::LANES * half);
-            for pair in 0..call.n_inputs / 2 {
-                let w = weights.add(2 * pair * row_bytes);
-                if half == 0 {
-                    let ahead = call.ahead.wrapping_add(2 * pair * row_bytes);
-                    V::prefetch(ahead);
-                    if F::BYTES == 4 {
-                        V::prefetch(ahead.wrapping_add(64));
-                    }
+            let mut weights = [call.tile; NV];
+            for v in 0..NV {
+                let (strip, part) = place_of::<V>(first + v);
+                weights[v] = call.tile.add(strip * strip_bytes + F::BYTES * V::LANES * part);
+                for c in 0..NC {
+                    let sums = sums_of::<V>(call, c, first + v);
+                    even[c][v] = V::load_f32(sums.cast());
+                    odd[c][v] = V::load_f32(sums.add(ROWS).cast());
                 }
-                let (w_even, w_odd) = (F::load::<V>(w), F::load::<V>(w.add(row_bytes)));
+            }
+            for pair in 0..call.n_inputs / 2 {
+                // Each vector asks for as many bytes as it reads.
+                for line in 0..(2 * NV * V::LANES * F::BYTES).div_ceil(64) {
+                    let lines_before =
+                        (first / NV * call.n_inputs / 2 + pair) * (2 * NV * V::LANES * F::BYTES).div_ceil(64);
+                    V::prefetch(call.ahead.wrapping_add(64 * (lines_before + line)));
+                }
+                let mut w = [[V::splat(0.0); 2]; NV];
+                for v in 0..NV {
+                    let from = weights[v].add(2 * pair * row_bytes);
+                    w[v] = [F::load::<V>(from), F::load::<V>(from.add(row_bytes))];
+                }
                 for c in 0..NC {
                     let x = word(call, c, 2 * pair).cast::<f32>();
-                    even[c] = V::mul_add(w_even, V::splat(*x), even[c]);
-                    odd[c] = V::mul_add(w_odd, V::splat(*x.add(1)), odd[c]);
+                    let (x_even, x_odd) = (V::splat(*x), V::splat(*x.add(1)));
+                    for v in 0..NV {
+                        even[c][v] = V::mul_add(w[v][0], x_even, even[c][v]);
+                        odd[c][v] = V::mul_add(w[v][1], x_odd, odd[c][v]);
+                    }
                 }
             }
-            if !call.n_inputs.is_multiple_of(2) {
-                let last = call.n_inputs - 1;
-                let w = F::load::<V>(weights.add(last * row_bytes));
+            for v in 0..NV {
+                if !call.n_inputs.is_multiple_of(2) {
+                    let last = call.n_inputs - 1;
+                    let w = F::load::<V>(weights[v].add(last * row_bytes));
+                    for c in 0..NC {
+                        let x = V::splat(*word(call, c, last).cast::<f32>());
+                        even[c][v] = V::mul_add(w, x, even[c][v]);
+                    }
+                }
                 for c in 0..NC {
-                    even[c] = V::mul_add(w, V::splat(*word(call, c, last).cast::<f32>()), even[c]);
+                    let sums = sums_of::<V>(call, c, first + v);
+                    V::store(even[c][v], sums);
+                    V::store(odd[c][v], sums.add(ROWS));
                 }
-            }
-            for c in 0..NC {
-                let sums = sums_of::<V>(call, c, half);
-                V::store(even[c], sums);
-                V::store(odd[c], sums.add(ROWS));
             }
         }
     }

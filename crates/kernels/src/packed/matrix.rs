@@ -1,4 +1,4 @@
-//! A weight matrix in tiles: `tiles [n_out / 16, n_in / 256]`, one behind the other, in memory of its own.
+//! A weight matrix in tiles: `tiles [n_out / 32, n_in / 256]`, one behind the other, in memory of its own.
 //!
 //! The memory is one anonymous mapping, in huge pages where the system grants them (a core reads those 8 to 27 % faster).
 //! The last group of rows is filled up with rows of zeros, whose products nobody sees; the last tile of a row is shorter
@@ -30,7 +30,7 @@ pub struct PackError {
     pub source: std::io::Error,
 }
 
-/// A weight matrix `[n_out, n_in]` in tiles of sixteen rows.
+/// A weight matrix `[n_out, n_in]` in tiles of 32 rows.
 pub struct PackedMatrix {
     format: &'static PackedFormat,
     n_in: usize,
@@ -138,7 +138,7 @@ impl PackedMatrix {
         self.n_out
     }
 
-    /// Groups of sixteen rows, the unit in which threads share the work; the last may be short of rows.
+    /// Groups of 32 rows, the unit in which threads share the work; the last may be short of rows.
     pub fn n_groups(&self) -> usize {
         self.n_out.div_ceil(ROWS)
     }

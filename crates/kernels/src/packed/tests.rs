@@ -85,11 +85,11 @@ impl Case {
             let rows = self.rows(table, &self.x);
             let n_groups = self.packed.n_groups();
             for (start, end) in [(0, n_groups / 2), (n_groups / 2, n_groups), (n_groups - 1, n_groups)] {
-                let m = (16 * end).min(self.n_out) - 16 * start;
+                let m = (32 * end).min(self.n_out) - 32 * start;
                 let mut out = vec![f32::NAN; rows.n() * m];
                 table.product(&self.packed, start..end, &rows, &mut out);
                 for (c, out) in out.chunks(m.max(1)).enumerate() {
-                    let want = &want[c * self.n_out + 16 * start..][..m];
+                    let want = &want[c * self.n_out + 32 * start..][..m];
                     assert_same(out, want, &at(rows.n()));
                 }
             }
@@ -127,14 +127,14 @@ fn assert_same(got: &[f32], want: &[f32], at: &str) {
 #[test]
 fn every_number_of_columns_gives_the_scalar_bits() {
     for (seed, format) in FORMATS.iter().enumerate() {
-        Case::new(format.ty, 300, 37, 33, seed as u64).check_bits(1..=33);
+        Case::new(format.ty, 300, 69, 33, seed as u64).check_bits(1..=33);
     }
 }
 
 #[test]
 fn many_columns_and_many_groups() {
     for (seed, format) in FORMATS.iter().enumerate() {
-        let case = Case::new(format.ty, 520, 16 * 9 + 1, 70, seed as u64);
+        let case = Case::new(format.ty, 520, 32 * 9 + 1, 70, seed as u64);
         let n_near = (1..=9).filter(|n| n * case.packed.group_bytes() <= 256 << 10).count();
         assert!(n_near > 1, "several groups, several sweeps");
         case.check_bits([34, 64, 65, 70]);
@@ -144,7 +144,7 @@ fn many_columns_and_many_groups() {
 #[test]
 fn every_format_matches_f64() {
     for (seed, format) in FORMATS.iter().enumerate() {
-        for (n_in, n_out, n) in [(32, 1, 1), (256, 16, 2), (1000, 35, 3)] {
+        for (n_in, n_out, n) in [(32, 1, 1), (256, 16, 2), (1000, 51, 3)] {
             Case::new(format.ty, n_in, n_out, n, seed as u64).check_values();
         }
     }
@@ -154,7 +154,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
     #[test]
     fn any_shape(
-        format in 0..FORMATS.len(), n_in in 1..700usize, n_out in 1..70usize, n in 1..12usize, seed: u32
+        format in 0..FORMATS.len(), n_in in 1..700usize, n_out in 1..120usize, n in 1..12usize, seed: u32
     ) {
         let case = Case::new(FORMATS[format].ty, n_in, n_out, n, seed.into());
         case.check_bits([1, n]);
@@ -301,7 +301,7 @@ fn gathered_rows_are_the_rows() {
     let mut picked = QuantRows::new();
     picked.gather(&case.rows(table, &case.x), [4, 0, 4].into_iter());
     let mut out = vec![f32::NAN; 60];
-    table.product(&case.packed, 0..2, &picked, &mut out);
+    table.product(&case.packed, 0..1, &picked, &mut out);
     for (out, row) in out.chunks(20).zip([4, 0, 4]) {
         assert_same(out, &all[20 * row..20 * row + 20], "gathered");
     }
@@ -315,7 +315,7 @@ fn outputs_go_where_they_are_wanted() {
         let mut out = vec![7.0; 5 + 3 * 100];
         let shared = SharedMut::new(&mut out);
         let rows = case.rows(table, &case.x);
-        for groups in [2..3, 0..2] {
+        for groups in [1..2, 0..1] {
             // SAFETY: nobody else has a part of it.
             unsafe { table.product_into(&case.packed, groups, &rows, &shared, 5, 100) };
         }
@@ -334,8 +334,8 @@ fn packing_reports_every_byte_and_leaves_other_types_alone() {
     let count = |n: usize| _ = read.fetch_add(n, Ordering::Relaxed);
     let packed = pack(GgmlType::Q4_K, &bytes, n_in, n_out, &Team::new(3), &count).unwrap().unwrap();
     assert_eq!(read.into_inner(), bytes.len());
-    assert_eq!((packed.n_in(), packed.n_out(), packed.n_groups()), (n_in, n_out, 21));
-    assert_eq!(packed.bytes(), 21 * 2 * 37 * 64);
+    assert_eq!((packed.n_in(), packed.n_out(), packed.n_groups()), (n_in, n_out, 11));
+    assert_eq!(packed.bytes(), 11 * 2 * 2 * 37 * 64);
 
     let bytes = vec![0; GgmlType::Q3_K.block_bytes()];
     assert!(pack(GgmlType::Q3_K, &bytes, 256, 1, &Team::new(1), &|_| ()).unwrap().is_none());

@@ -9,10 +9,10 @@
 //! Keys are cached after norm and rotation, values as they come.
 
 use paceline_backend::{
-    AttentionOp, BlockMask, Buf, Matrix, PlanBuilder, RopeSpec, StateDecl, StateId, Vector,
+    AttentionOp, BlockMask, Buf, Matrix, Pairing, PlanBuilder, RopeSpec, StateDecl, StateId, Vector,
 };
 
-use crate::{Error, Weights};
+use crate::{Error, Hparams, Weights};
 
 /// Sizes and variants of an attention layer.
 #[derive(Clone, Debug)]
@@ -40,6 +40,28 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
+    /// The common case: causal, no window, no gate, head norms, dimensions that turn half a head apart.
+    /// Architectures name only what differs.
+    pub fn of(hp: &Hparams) -> AttentionShape {
+        AttentionShape {
+            n_embd: hp.n_embd,
+            n_head: hp.n_head,
+            n_head_kv: hp.n_head_kv,
+            head_dim: hp.head_dim,
+            rope: RopeSpec {
+                n_rot: hp.n_rot,
+                base: hp.rope_base,
+                pairing: Pairing::HalfSplit,
+                factors: None,
+            },
+            eps: hp.eps,
+            gated: false,
+            head_norm: true,
+            mask: BlockMask::Causal,
+            window: None,
+        }
+    }
+
     /// What the layer remembers.
     pub fn state(&self) -> StateDecl {
         StateDecl::Kv { n_head: self.n_head_kv, head_dim: self.head_dim }
@@ -56,7 +78,12 @@ impl AttentionShape {
 
 /// Projections as the file has them.
 enum Qkv {
-    Split { q: Matrix, k: Matrix, v: Matrix, bias: [Option<Vector>; 3] },
+    Split {
+        q: Matrix,
+        k: Matrix,
+        v: Matrix,
+        bias: [Option<Vector>; 3],
+    },
     /// Rows: all of q, then k, then v.
     Fused(Matrix),
 }
@@ -76,9 +103,15 @@ pub struct Attention {
 impl Attention {
     /// Loads `{prefix}attn_q`, `attn_k`, `attn_v` (or a fused `attn_qkv`), `attn_output`, and the optional norms,
     /// biases and sinks.
-    pub fn load(w: &Weights, prefix: &str, shape: AttentionShape, state: StateId) -> Result<Attention, Error> {
+    pub fn load(
+        w: &Weights,
+        prefix: &str,
+        shape: AttentionShape,
+        state: StateId,
+    ) -> Result<Attention, Error> {
         let name = |part: &str| format!("{prefix}attn_{part}.weight");
-        let bias = |part: &str, len: usize| w.vector_opt(&format!("{prefix}attn_{part}.bias"), len, "outputs");
+        let bias =
+            |part: &str, len: usize| w.vector_opt(&format!("{prefix}attn_{part}.bias"), len, "outputs");
         let (n_embd, n_q, n_kv) = (shape.n_embd, shape.q_width(), shape.kv_width());
         let qkv = if w.has(&name("qkv")) {
             Qkv::Fused(w.matrix(&name("qkv"), [n_embd, n_q + 2 * n_kv], "n_embd, q|k|v rows")?)

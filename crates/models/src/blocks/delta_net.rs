@@ -76,7 +76,12 @@ pub struct DeltaNet {
 impl DeltaNet {
     /// Loads the `{prefix}attn_*` and `{prefix}ssm_*` tensors; `states` are the ids of
     /// [`DeltaNetShape::states`].
-    pub fn load(w: &Weights, prefix: &str, shape: DeltaNetShape, states: [StateId; 2]) -> Result<DeltaNet, Error> {
+    pub fn load(
+        w: &Weights,
+        prefix: &str,
+        shape: DeltaNetShape,
+        states: [StateId; 2],
+    ) -> Result<DeltaNet, Error> {
         let name = |part: &str| format!("{prefix}{part}");
         let DeltaNetShape { n_embd, n_head_v, dim_v, .. } = shape;
         let gates = [n_embd, n_head_v];
@@ -87,7 +92,11 @@ impl DeltaNet {
             beta: w.matrix(&name("ssm_beta.weight"), gates, "n_embd, n_head_v")?,
             a: w.vector(&name("ssm_a"), n_head_v, "n_head_v")?,
             dt_bias: w.vector(&name("ssm_dt.bias"), n_head_v, "n_head_v")?,
-            conv: w.matrix(&name("ssm_conv1d.weight"), [shape.conv_width, shape.channels()], "conv width, channels")?,
+            conv: w.matrix(
+                &name("ssm_conv1d.weight"),
+                [shape.conv_width, shape.channels()],
+                "conv width, channels",
+            )?,
             norm: w.vector(&name("ssm_norm.weight"), dim_v, "dim_v")?,
             output: w.matrix(&name("ssm_out.weight"), [shape.width(), n_embd], "n_head_v·dim_v, n_embd")?,
             conv_tail: states[0],

@@ -20,9 +20,7 @@ mod dialect;
 
 use std::{collections::HashMap, sync::Arc};
 
-use paceline_backend::{
-    Exec, Lane, Matrix, Pairing, Plan, PlanBuilder, RopeSpec, StateConfig, StateId, Step, StepOut, Vector,
-};
+use paceline_backend::{Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Vector};
 use paceline_memory::{Memory, SeqId};
 use paceline_models::{
     Weights,
@@ -87,23 +85,8 @@ impl Network {
             .enumerate()
             .map(|(il, mask)| {
                 let prefix = format!("blk.{il}.");
-                let shape = AttentionShape {
-                    n_embd,
-                    n_head: hp.n_head,
-                    n_head_kv: hp.n_head_kv,
-                    head_dim: hp.head_dim,
-                    rope: RopeSpec {
-                        n_rot: hp.n_rot,
-                        base: hp.rope_base,
-                        pairing: Pairing::HalfSplit,
-                        factors: None,
-                    },
-                    eps: hp.eps,
-                    gated: false,
-                    head_norm: true,
-                    mask: mask.block,
-                    window: mask.window,
-                };
+                let shape =
+                    AttentionShape { mask: mask.block, window: mask.window, ..AttentionShape::of(hp) };
                 let norm = |name: &str| w.vector(&format!("{prefix}{name}.weight"), n_embd, "n_embd");
                 Ok(Layer {
                     attn_norm: norm("attn_norm")?,
