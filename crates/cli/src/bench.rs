@@ -2,8 +2,8 @@
 //!
 //! Plain and speculative runs take turns, so that a machine that slows down slows both; their tokens must be the same,
 //! and the report says whether they were; if not, or if an output was not finite, or no draft was ever right, the exit
-//! code says so too. Acceptance alone is not health, a model that says "own own own" accepts
-//! everything, so the words of the answers are counted too.
+//! code says so too. Acceptance alone is not health: of a model that says "own own own" everything is accepted. So the words
+//! of the answers are counted too, and a text that goes round in circles is named.
 
 use std::{collections::HashSet, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -106,6 +106,9 @@ pub fn run(args: BenchArgs) -> Result<ExitCode> {
         false => report.print(&loaded, &bench),
     }?;
     let faults = report.faults(&bench);
+    for row in report.rows.iter().filter(|row| row.words.are_repetitive()) {
+        eprintln!("warning: {}: the answer repeats itself, its acceptance says little", row.name);
+    }
     for fault in &faults {
         eprintln!("error: {fault}");
     }
@@ -308,6 +311,11 @@ struct Words {
 }
 
 impl Words {
+    /// A quarter of the words said twice in a row, or a long text of a few words: no text that anybody asked for.
+    fn are_repetitive(&self) -> bool {
+        (self.n >= 8 && self.n_repeat * 4 >= self.n) || (self.n >= 64 && self.unique_share < 0.1)
+    }
+
     fn of(answers: &[Answer]) -> Words {
         let mut all = Words { n: 0, unique_share: 0.0, n_repeat: 0 };
         let mut n_unique = 0;
@@ -500,6 +508,14 @@ impl Report {
                 totals.n_draft
             ))?;
             say(format_args!("accepted by position, %: {}", by_position.join(" ")))?;
+            let [draft, verify, commit] = stage_seconds(bench).map(|(_, seconds)| seconds);
+            let share = |seconds: f64| 100.0 * seconds / (draft + verify + commit).max(f64::MIN_POSITIVE);
+            say(format_args!(
+                "time with the drafter: {:.0} % drafting, {:.0} % verifying, {:.0} % committing",
+                share(draft),
+                share(verify),
+                share(commit)
+            ))?;
             say(format_args!(
                 "plain and speculative runs gave {}",
                 if self.same() {
@@ -524,6 +540,7 @@ impl Report {
                     "n_word": row.words.n,
                     "unique_word_share": row.words.unique_share,
                     "n_repeat": row.words.n_repeat,
+                    "is_repetitive": row.words.are_repetitive(),
                     "text": row.answers.iter().map(|a| a.text.as_str()).collect::<Vec<_>>(),
                 });
                 if let (Value::Object(object), Value::Object(acceptance)) =
@@ -555,9 +572,18 @@ impl Report {
                 "acceptance": self.totals().to_json(),
                 "same_tokens": self.same(),
                 "n_not_finite": self.n_bad,
+                "stage_s": stage_seconds(bench).into_iter().map(|(name, s)| (name.to_string(), json!(s)))
+                    .collect::<serde_json::Map<_, _>>(),
             },
         })
     }
+}
+
+/// Where the time of all runs with the drafter went, prefill and warm-up included.
+fn stage_seconds(bench: &Bench) -> [(&'static str, f64); 3] {
+    let times = bench.speculative.as_ref().map_or_else(Default::default, |engine| engine.counters().times);
+    [("draft", times.draft), ("verify", times.verify), ("commit", times.commit)]
+        .map(|(name, time)| (name, time.as_secs_f64()))
 }
 
 #[cfg(test)]
@@ -573,6 +599,19 @@ mod tests {
         check("", 0, 0.0, 0);
         check("own own Own, own!", 4, 0.25, 3);
         check("a cat and a dog", 5, 0.8, 0);
+    }
+
+    #[test]
+    fn circles_are_told_from_text() {
+        let check = |text: &str, expected: bool| {
+            assert_eq!(Words::in_text(text).are_repetitive(), expected, "{text:?}");
+        };
+        check("", false);
+        check("no no no", false);
+        check(&"own ".repeat(8), true);
+        check(&"the cat sat on the mat ".repeat(3), false);
+        check(&"the cat sat on the mat ".repeat(11), true);
+        check("Once upon a time there was a very, very big kite in the sky.", false);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! [`Loaded`] holds what can be shared and used again: the server makes a second engine from it after a failure, the
 //! bench one with the drafter and one without.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
@@ -171,7 +171,9 @@ impl Loaded {
             n_draft_max,
             ..EngineConfig::default()
         };
-        Ok(Engine::new(target, drafter, self.tokenizer.vocab().clone(), config))
+        let start = Instant::now();
+        let engine = Engine::new(target, drafter, self.tokenizer.vocab().clone(), config);
+        Ok(engine.with_clock(Box::new(move || start.elapsed())))
     }
 
     /// Says what was loaded, and runs a token or two so that the first request finds everything touched.

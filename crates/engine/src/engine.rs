@@ -1,6 +1,6 @@
 //! The step loop's body, and what may be asked of the engine between steps.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use paceline_backend::{Exec, Step as Forward, StepOut};
 use paceline_memory::{Memory, Usage};
@@ -87,7 +87,23 @@ pub struct Counters {
     pub n_bad_logits: u64,
     /// Drafts dropped as unusable.
     pub n_bad_drafts: u64,
+    /// Where the time went; zeros without a clock.
+    pub times: StageTimes,
 }
+
+/// Time spent in each stage of a step, by the clock that [`Engine::with_clock`] lent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StageTimes {
+    /// The drafter's forwards.
+    pub draft: Duration,
+    /// The target's forwards: prompts, drafts and single tokens.
+    pub verify: Duration,
+    /// Walking the drafts, and making what is final part of both memories, which gives the drafter its features.
+    pub commit: Duration,
+}
+
+/// Tells the time since some moment of its own.
+pub type Clock = Box<dyn Fn() -> Duration + Send>;
 
 impl Counters {
     fn count(&mut self, lane: &LanePlan, decided: &Decided) {
@@ -160,6 +176,7 @@ pub struct Engine {
     slots: Vec<Option<Active>>,
     waiting: VecDeque<(Request, Sampler)>,
     counters: Counters,
+    clock: Option<Clock>,
     out: StepOut,
 }
 
@@ -176,12 +193,23 @@ impl Engine {
             slots: (0..config.n_slot).map(|_| None).collect(),
             waiting: VecDeque::new(),
             counters: Counters::default(),
+            clock: None,
             out: StepOut::default(),
             target,
             drafter,
             vocab,
             config,
         }
+    }
+
+    /// Counts the time of each stage by `clock`. Nothing else looks at it.
+    pub fn with_clock(mut self, clock: Clock) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    fn now(&self) -> Duration {
+        self.clock.as_ref().map_or(Duration::ZERO, |clock| clock())
     }
 
     /// Takes a request, to be started when a slot is free.
@@ -238,7 +266,9 @@ impl Engine {
     /// One step: admit, draft, plan, forward, verify, commit, emit.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Step {
         self.admit(events);
+        let begin = self.now();
         let mut drafts = self.draft();
+        self.counters.times.draft += self.now().saturating_sub(begin);
         let views: Vec<SlotView> = self
             .slots
             .iter()
@@ -252,8 +282,12 @@ impl Engine {
         if plan.lanes.is_empty() {
             return Step::Idle;
         }
+        let begin = self.now();
         self.forward(&plan, &drafts);
+        let computed = self.now();
+        self.counters.times.verify += computed.saturating_sub(begin);
         let finished = self.verify_and_commit(&plan, &drafts, events);
+        self.counters.times.commit += self.now().saturating_sub(computed);
         for slot in finished {
             self.retire(slot);
         }

@@ -11,8 +11,9 @@
 //!  emit     text, stops, limits; finished slots are retired
 //! ```
 //!
-//! No clock, thread or I/O lives here: the same calls give the same events, so a seed replays a run. The engine
-//! names no architecture, drafter, tensor type or HTTP field.
+//! No clock, thread or I/O lives here: the same calls give the same events, so a seed replays a run. A clock may be
+//! lent ([`Engine::with_clock`]); counters see it and nothing else does. The engine names no architecture, drafter,
+//! tensor type or HTTP field.
 
 mod engine;
 mod event;
@@ -20,7 +21,7 @@ mod plan;
 mod request;
 mod slot;
 
-pub use engine::{Counters, Engine, EngineConfig, Step, SubmitError, Target};
+pub use engine::{Clock, Counters, Engine, EngineConfig, StageTimes, Step, SubmitError, Target};
 pub use event::{Event, Finish, RequestError, SpeculationNote, Stats, TokenOut};
 pub use plan::{LanePlan, SlotView, StepPlan, plan};
 pub use request::{Request, RequestId};

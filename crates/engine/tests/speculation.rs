@@ -3,6 +3,11 @@
 
 mod world;
 
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
 use paceline_engine::{Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError};
 use paceline_sampling::SamplingParams;
 use paceline_spec::{Draft, Drafter};
@@ -74,6 +79,29 @@ fn every_accept_length() {
     check_accept(Accept::Exactly(1), 25);
     check_accept(Accept::Exactly(3), 13);
     check_accept(Accept::All, 7);
+}
+
+/// A clock that moves on by a second whenever it is read: each stage of a step takes one.
+#[test]
+fn stages_are_timed_by_a_lent_clock_and_no_other() {
+    let times = |is_lent: bool| {
+        let model = HashModel::new(5, HashKind::Hybrid);
+        let mut world = World::new(model.clone(), Some(oracle(model, 15, Accept::Varying, 1)), Sizes::ROOMY);
+        if is_lent {
+            let n_read = AtomicU64::new(0);
+            let clock = move || Duration::from_secs(n_read.fetch_add(1, Ordering::Relaxed));
+            world.engine = world.engine.with_clock(Box::new(clock));
+        }
+        world.submit(request(0, "once upon a time")).unwrap();
+        world.run();
+        world.check();
+        let counters = world.engine.counters();
+        (counters.n_step, [counters.times.draft, counters.times.verify, counters.times.commit])
+    };
+    let (n_step, lent) = times(true);
+    assert_eq!(lent[1..], [Duration::from_secs(n_step); 2]);
+    assert!(lent[0] >= lent[1], "a step that finds nothing to do looks for drafts too: {lent:?}");
+    assert_eq!(times(false), (n_step, [Duration::ZERO; 3]));
 }
 
 #[test]

@@ -434,4 +434,7 @@ fn add(sum: &mut Counters, more: &Counters) {
     }
     sum.n_bad_logits += more.n_bad_logits;
     sum.n_bad_drafts += more.n_bad_drafts;
+    sum.times.draft += more.times.draft;
+    sum.times.verify += more.times.verify;
+    sum.times.commit += more.times.commit;
 }

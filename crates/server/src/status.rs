@@ -277,6 +277,18 @@ fn exposition(status: &EngineStatus, is_well: bool) -> String {
         "Drafts dropped because the drafter's output was not numbers or not tokens.",
         counters.n_bad_drafts as f64,
     );
+    for (stage, time, help) in [
+        ("draft", counters.times.draft, "Time in the drafter's forwards."),
+        ("verify", counters.times.verify, "Time in the target's forwards, those of prompts included."),
+        (
+            "commit",
+            counters.times.commit,
+            "Time for choosing tokens and for making them final in both memories.",
+        ),
+    ] {
+        let name = format!("paceline:spec_{stage}_seconds_total");
+        metric(&name, counter, help, time.as_secs_f64());
+    }
     metric("paceline:memory_bytes", gauge, "Bytes of sequence state in use.", status.memory_bytes as f64);
     metric("paceline:kv_pages", gauge, "KV pages in use.", status.n_page as f64);
     metric("paceline:kv_pages_max", gauge, "KV pages that may be in use.", status.n_page_max as f64);

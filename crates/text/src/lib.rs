@@ -33,7 +33,7 @@ pub use stop::{StopMatcher, StopStep};
 pub use table::{TokenTable, TokenizerModel};
 pub use template::{Capabilities, ChatTemplate, RenderRequest};
 pub use tokenizer::{Encode, Tokenizer};
-pub use vocab::{SpecialIds, TokenKind, Vocab, VocabDiff};
+pub use vocab::{MergeDiff, SpecialIds, TokenKind, Vocab, VocabDiff};
 
 /// A token id: an index into the vocabulary and a row of the embedding matrix.
 pub type Token = u32;

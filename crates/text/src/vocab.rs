@@ -177,6 +177,7 @@ pub struct Vocab {
     kinds: Vec<TokenKind>,
     tags: Vec<Token>,
     scores: Vec<f32>,
+    merges: Strings,
     by_text: HashMap<Box<[u8]>, Token, FxBuildHasher>,
     special: SpecialIds,
     end_of_generation: Vec<Token>,
@@ -242,6 +243,7 @@ impl Vocab {
             outputs,
             kinds,
             scores: table.scores.clone(),
+            merges: table.merges.clone(),
             by_text,
             add_bos: wants_bos && special.bos.is_some(),
             add_eos: table.add_eos.unwrap_or(false) && special.eos.is_some(),
@@ -384,8 +386,19 @@ impl Vocab {
             .filter(|((_, ours), (_, theirs))| ours != theirs)
             .map(|((name, ours), (_, theirs))| (name, ours, theirs))
             .collect();
-        VocabDiff { n_vocab: (self.len(), other.len()), first_text, n_text, special }
+        let first_merge = first_merge(&self.merges, &other.merges);
+        VocabDiff { n_vocab: (self.len(), other.len()), first_text, n_text, first_merge, special }
     }
+}
+
+/// The first rank at which two lists of merges differ. One that a file leaves out claims nothing.
+fn first_merge(ours: &Strings, theirs: &Strings) -> Option<MergeDiff> {
+    if ours.is_empty() || theirs.is_empty() {
+        return None;
+    }
+    let rank = (0..ours.len().max(theirs.len())).find(|&rank| ours.get(rank) != theirs.get(rank))?;
+    let text = |merges: &Strings| merges.get(rank).map(|rule| String::from_utf8_lossy(rule).into_owned());
+    Some(MergeDiff { rank, ours: text(ours), theirs: text(theirs) })
 }
 
 /// What the output shows of a token.
@@ -450,6 +463,31 @@ fn end_of_generation(table: &TokenTable, kinds: &mut [TokenKind]) -> Vec<Token> 
     ends
 }
 
+/// The first merge rule that two vocabularies do not share. One of the texts is missing where its list has ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MergeDiff {
+    /// Where it is in both lists.
+    pub rank: usize,
+    /// The first vocabulary's rule, `left right`.
+    pub ours: Option<String>,
+    /// The second one's.
+    pub theirs: Option<String>,
+}
+
+impl fmt::Display for MergeDiff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let show =
+            |rule: &Option<String>| rule.as_ref().map_or("none".to_owned(), |rule| format!("`{rule}`"));
+        write!(
+            f,
+            "merges differ from rank {} on: {} against {}",
+            self.rank,
+            show(&self.ours),
+            show(&self.theirs)
+        )
+    }
+}
+
 /// How two vocabularies differ; see [`Vocab::diff`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VocabDiff {
@@ -459,6 +497,8 @@ pub struct VocabDiff {
     pub first_text: Option<Token>,
     /// How many ids below both sizes have differing texts.
     pub n_text: usize,
+    /// The first merge that differs: the same text becomes other tokens.
+    pub first_merge: Option<MergeDiff>,
     /// Roles given to different ids: key stem, first, second.
     pub special: Vec<(&'static str, Option<Token>, Option<Token>)>,
 }
@@ -466,7 +506,7 @@ pub struct VocabDiff {
 impl VocabDiff {
     /// Nothing differs.
     pub fn is_same(&self) -> bool {
-        self.same_size() && self.same_texts() && self.special.is_empty()
+        self.same_size() && self.same_texts() && self.same_merges() && self.special.is_empty()
     }
 
     /// Both have as many tokens.
@@ -479,9 +519,14 @@ impl VocabDiff {
         self.first_text.is_none()
     }
 
-    /// Sizes and texts agree, and only roles such as BOS are given to different ids.
+    /// Text becomes tokens by the same rules.
+    pub fn same_merges(&self) -> bool {
+        self.first_merge.is_none()
+    }
+
+    /// Sizes, texts and merges agree, and only roles such as BOS are given to different ids.
     pub fn only_special_ids(&self) -> bool {
-        self.same_size() && self.same_texts() && !self.special.is_empty()
+        self.same_size() && self.same_texts() && self.same_merges() && !self.special.is_empty()
     }
 }
 
@@ -494,6 +539,7 @@ impl fmt::Display for VocabDiff {
         if let Some(first) = self.first_text {
             parts.push(format!("{} tokens have other texts, the first is {first}", self.n_text));
         }
+        parts.extend(self.first_merge.iter().map(MergeDiff::to_string));
         let show = |id: &Option<Token>| id.map_or("none".to_owned(), |id| id.to_string());
         for (name, ours, theirs) in &self.special {
             parts.push(format!("{name} is {} against {}", show(ours), show(theirs)));

@@ -216,6 +216,19 @@ fn how_vocabularies_differ() {
     assert_eq!((diff.n_vocab, diff.first_text, diff.n_text), ((258, 259), Some(256), 2));
     assert_eq!(diff.to_string(), "258 tokens against 259; 2 tokens have other texts, the first is 256");
     assert!(!diff.only_special_ids());
+    let merges =
+        |merges: &[&str]| Vocab::from_metadata(&metadata(&[("ab", Normal), ("bc", Normal)], merges)).unwrap();
+    let check = |ours: &[&str], theirs: &[&str], expected: &str| {
+        let diff = merges(ours).diff(&merges(theirs));
+        assert_eq!(diff.to_string(), expected);
+        let is_same = expected == "the same vocabulary";
+        assert_eq!((diff.is_same(), diff.same_merges(), diff.only_special_ids()), (is_same, is_same, false));
+    };
+    check(&["a b", "b c"], &["a b", "b c"], "the same vocabulary");
+    check(&["a b", "b c"], &["b c", "a b"], "merges differ from rank 0 on: `a b` against `b c`");
+    check(&["a b"], &["a b", "b c"], "merges differ from rank 1 on: none against `b c`");
+    check(&["a b"], &[], "the same vocabulary");
+
     // The same bytes cut elsewhere are another vocabulary.
     assert_ne!(
         vocab(&[("x", Normal), ("yz", Normal)], None).digest(),

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use paceline_gguf::{Gguf, Metadata, to_bytes};
+use paceline_gguf::{GgmlType, Gguf, Metadata, TensorInfo, to_bytes};
 
 /// What a run left behind.
 pub struct Ran {
@@ -81,10 +81,26 @@ pub fn repo_str(path: &str) -> String {
 
 /// A copy of a file of the repository in `dir`, its metadata edited.
 pub fn edited(file: &str, dir: &Path, name: &str, edit: &dyn Fn(&mut Metadata)) -> String {
+    rewritten(file, dir, name, edit, &mut |tensor, data| (tensor.ty, data.to_vec()))
+}
+
+/// The same, its tensors edited too: `tensor` gives each its type and its data.
+pub fn rewritten(
+    file: &str,
+    dir: &Path,
+    name: &str,
+    edit: &dyn Fn(&mut Metadata),
+    tensor: &mut dyn FnMut(&TensorInfo, &[u8]) -> (GgmlType, Vec<u8>),
+) -> String {
     let gguf = Gguf::open(repo(file)).unwrap();
     let mut metadata = gguf.metadata().clone();
     edit(&mut metadata);
-    let tensors: Vec<_> = gguf.tensors().iter().map(|t| (&t.name, &t.shape, t.ty, gguf.data(t))).collect();
+    let tensors: Vec<_> = (gguf.tensors().iter())
+        .map(|info| {
+            let (ty, data) = tensor(info, gguf.data(info));
+            (&info.name, &info.shape, ty, data)
+        })
+        .collect();
     let path = dir.join(name);
     std::fs::write(&path, to_bytes(&metadata, &tensors).unwrap()).unwrap();
     path.to_str().unwrap().to_string()

@@ -9,3 +9,4 @@ mod inspect;
 mod pair;
 mod run;
 mod serve;
+mod types;

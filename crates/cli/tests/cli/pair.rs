@@ -29,6 +29,17 @@ fn roles_of_tokens_may_differ_texts_may_not() {
         "2 tokens have other texts, the first is 300",
         "hint:",
     ]);
+    let merges = edited(DRAFTER, dir.path(), "merges.gguf", &|metadata| {
+        let merges = metadata.require_bytes_array("tokenizer.ggml.merges").unwrap();
+        let mut merges: Vec<Vec<u8>> = merges.iter().map(<[u8]>::to_vec).collect();
+        merges.swap(7, 9);
+        metadata.insert("tokenizer.ggml.merges", merges);
+    });
+    run(&repo_str(TARGET), &merges).fails_with(&[
+        "merges.gguf",
+        "its vocabulary is not the target's: merges differ from rank 7 on: `",
+        "hint:",
+    ]);
     let silent = edited(DRAFTER, dir.path(), "silent.gguf", &|metadata| {
         let keys: Vec<String> = metadata.keys().map(str::to_string).collect();
         let tokenizer = |key: &&String| key.starts_with("tokenizer.") && !key.contains("mask");

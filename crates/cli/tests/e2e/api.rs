@@ -1,5 +1,7 @@
 //! The surface that clients rely on, where it needs the real binary.
 
+use std::process::Command;
+
 use serde_json::{Value, json};
 
 use crate::{
@@ -88,6 +90,28 @@ fn thinking() {
     assert!(answer.text.starts_with('|') && drafted.is_some(), "{answer:?} {drafted:?}");
 }
 
+/// Thoughts asked for and forbidden: the prompts differ, the drafter helps with both and changes neither answer.
+#[test]
+fn reasoning_on_and_off_with_drafts() {
+    for (flags, has_empty_thought) in [("--reasoning on", false), ("--reasoning off", true)] {
+        let server = Server::start(flags);
+        let prompt = server.ok("/apply-template", &json!({"messages": user("Hi")}))["prompt"].clone();
+        assert_eq!(prompt.as_str().unwrap_or_default().contains("</think>"), has_empty_thought, "{flags}");
+        for asked in &ASKED[..4] {
+            let (answer, drafted) = chat(&server, user(asked), &json!({}));
+            assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{flags}: {asked}: {drafted:?}");
+            let plain = chat(&server, user(asked), &json!({"speculative.n_max": 0}));
+            assert_eq!(plain, (answer, None), "{flags}: {asked}");
+        }
+        // A request's own word counts more than the server's.
+        let body = json!({
+            "messages": user("Hi"), "chat_template_kwargs": {"enable_thinking": has_empty_thought},
+        });
+        let other = server.ok("/apply-template", &body)["prompt"].clone();
+        assert_eq!(other.as_str().unwrap_or_default().contains("</think>"), !has_empty_thought, "{flags}");
+    }
+}
+
 #[test]
 fn a_developer_is_a_system() {
     let server = Server::shared("-np 2");
@@ -103,7 +127,17 @@ fn who_answered() {
     let server = Server::shared("-np 2");
     let reply = server.ok("/v1/chat/completions", &chat_body(user("Hi"), &json!({"max_tokens": 4})));
     assert_eq!(reply["system_fingerprint"], server.get("/props")["build_info"]);
-    assert!(reply["system_fingerprint"].as_str().is_some_and(|build| build.starts_with("paceline-")));
+    let build = reply["system_fingerprint"].as_str().unwrap_or_default();
+    assert_eq!(build, concat!("paceline-", env!("PACELINE_BUILD")));
+    // In a repository the build names a commit of it; HEAD may have moved on since.
+    let git = |args: &[&str]| Command::new("git").args(args).output().is_ok_and(|ran| ran.status.success());
+    if git(&["rev-parse", "HEAD"]) {
+        let commit = build.strip_prefix(concat!("paceline-", env!("CARGO_PKG_VERSION"), "-"));
+        assert!(
+            commit.is_some_and(|commit| git(&["cat-file", "-e", &format!("{commit}^{{commit}}")])),
+            "{build}"
+        );
+    }
     let models = server.get("/v1/models");
     assert_eq!(reply["model"], models["data"][0]["id"]);
     let timings = reply["timings"].as_object().cloned().unwrap_or_default();

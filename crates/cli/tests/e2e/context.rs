@@ -26,6 +26,19 @@ fn prompts_around_the_batch_size() {
     small.assert_clean();
 }
 
+/// Ten batches long, and longer than the drafter has ever seen in training.
+#[test]
+fn a_prompt_of_5000_tokens() {
+    let server = Server::start("-np 1 -c 5120");
+    let prompt = long_prompt(&server, 5000);
+    let (answer, drafted) = native_stream(&server, prompt.clone(), &json!({}));
+    assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{drafted:?}");
+    assert_eq!(answer.n_prompt, 5000);
+    let without = Server::start("-np 1 -c 5120 -ub 600 --spec-type none");
+    assert_eq!(native(&without, prompt, &json!({})), (answer, None));
+    server.assert_clean();
+}
+
 /// Chunks that divide neither the prompt nor each other.
 #[test]
 fn a_prompt_in_chunks_of_any_size() {

@@ -15,34 +15,40 @@ type Ask<'a> = Box<dyn FnOnce() -> (Answer, Drafts) + Send + 'a>;
 fn chats(server: &Server, n: usize, temperature: f64) -> Vec<Ask<'_>> {
     let chat = |i: usize| -> Ask<'_> {
         let more = json!({"temperature": temperature, "seed": 7 + i});
+        let asked = user(ASKED[i % ASKED.len()]);
         match i % 2 {
-            0 => Box::new(move || chat(server, user(ASKED[i]), &more)),
-            _ => Box::new(move || chat_stream(server, user(ASKED[i]), &more)),
+            0 => Box::new(move || chat(server, asked, &more)),
+            _ => Box::new(move || chat_stream(server, asked, &more)),
         }
     };
     (0..n).map(chat).collect()
 }
 
-/// Small batches on purpose: `-ub` is less than slots × block from `-np` 5 on.
+/// Small batches on purpose: with 64 rows, `-ub` is less than slots × block from `-np` 5 on, with 512 at `-np` 16 nearly.
 #[test]
 fn as_many_chats_as_slots() {
-    let alone = Server::start("-np 1 --draft-max 15");
+    check_slots(
+        "--draft-max 15",
+        &[(2, ""), (5, "-ub 64"), (8, ""), (8, "-b 256 -ub 64 -cd 256 -kvu"), (16, ""), (16, "-ub 64")],
+    );
+    check_slots("", &[(16, "")]);
+}
+
+/// Servers with so many slots and these flags answer as many chats at once as one with a single slot does in turn.
+fn check_slots(drafts: &str, cases: &[(usize, &str)]) {
+    let alone = Server::start(&format!("-np 1 {drafts}"));
     let want = [0.0, 0.8].map(|temperature| {
-        let want: Vec<_> = chats(&alone, 8, temperature).into_iter().map(|ask| ask()).collect();
+        let want: Vec<_> = chats(&alone, 16, temperature).into_iter().map(|ask| ask()).collect();
         assert!(want.iter().all(|(_, drafted)| drafted.is_some()));
         (temperature, want)
     });
-    for (n, flags) in [
-        (2, "-np 2 --draft-max 15"),
-        (5, "-np 5 --draft-max 15 -ub 64"),
-        (8, "-np 8 --draft-max 15"),
-        (8, "-np 8 --draft-max 15 -b 256 -ub 64 -cd 256 -kvu"),
-    ] {
-        let server = Server::start(flags);
+    for (n, flags) in cases {
+        let flags = format!("-np {n} {drafts} {flags}");
+        let server = Server::start(&flags);
         for (temperature, want) in &want {
-            let got = together(chats(&server, n, *temperature));
+            let got = together(chats(&server, *n, *temperature));
             for (i, (got, want)) in got.iter().zip(want).enumerate() {
-                assert_eq!(got, want, "`{flags}`, temperature {temperature}, {}", ASKED[i]);
+                assert_eq!(got, want, "`{flags}`, temperature {temperature}, chat {i}");
             }
         }
         let busy = server.metric("llamacpp:n_busy_slots_per_decode");

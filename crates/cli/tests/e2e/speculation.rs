@@ -167,6 +167,40 @@ fn a_thousand_tokens_at_temperature_one() {
     assert_eq!(native(&server, chat_prompt(ASKED[2]), &plain(more)), (answer, None));
 }
 
+/// The same, greedy.
+#[test]
+fn five_hundred_tokens_greedy() {
+    let server = Server::shared("-np 2");
+    let more = json!({"n_predict": 512, "ignore_eos": true});
+    let reply = server.ok("/completion", &native_body(chat_prompt(ASKED[2]), &more));
+    let timings = reply["timings"].as_object().cloned().unwrap_or_default();
+    for name in ["prompt_ms", "prompt_per_second", "predicted_ms", "predicted_per_second"] {
+        assert!(timings.get(name).and_then(Value::as_f64) > Some(0.0), "{name} in {timings:?}");
+    }
+    let (answer, drafted) = of_native(&reply);
+    assert_eq!((answer.n_predicted, answer.ending.0.as_str()), (512, "limit"));
+    assert!(drafted.is_some_and(|(_, accepted)| accepted > 0), "{drafted:?}");
+    assert_eq!(native(&server, chat_prompt(ASKED[2]), &plain(more)), (answer, None));
+}
+
+/// What a drafter keeps is there while a request runs, and without a drafter never is; its file is not even opened.
+#[test]
+fn no_memory_of_a_drafter_without_one() {
+    for (flags, is_there) in [("-np 1", true), ("-np 1 --spec-type none -md /no/such/drafter.gguf", false)] {
+        let server = Server::start(flags);
+        let more = json!({"n_predict": 2000, "ignore_eos": true, "stream": true});
+        let mut events = server.stream("/completion", &native_body(chat_prompt(ASKED[2]), &more));
+        assert!(events.next().is_some_and(|event| event.is_ok()));
+        assert!(server.metric("paceline:kv_pages") > 0.0, "the answer is under way");
+        let bytes = server.metric("paceline:drafter_memory_bytes");
+        assert_eq!(bytes > 0.0, is_there, "`{flags}`: {bytes}");
+        drop(events);
+        server.wait_until_idle();
+        assert_eq!(server.metric("paceline:spec_draft_seconds_total") > 1e-3, is_there, "`{flags}`");
+        server.assert_clean();
+    }
+}
+
 /// Flags that people give to other servers, some of which change nothing here.
 #[test]
 fn the_command_lines_that_people_have() {
@@ -195,6 +229,9 @@ fn what_speculation_did_is_said() {
     assert_eq!(server.get("/props")["speculative"]["type"], "dflash");
     assert_eq!(server.get("/slots")[0]["speculative"], true);
     assert_eq!(server.metric("paceline:drafter_active{type=\"dflash\"}"), 1.0);
+    for stage in ["draft", "verify", "commit"] {
+        assert!(server.metric(&format!("paceline:spec_{stage}_seconds_total")) > 0.0, "{stage}");
+    }
     let accepted = server.metric("llamacpp:spec_decode_num_accepted_tokens_total");
     assert!(accepted > 0.0 && accepted <= server.metric("llamacpp:spec_decode_num_draft_tokens_total"));
 

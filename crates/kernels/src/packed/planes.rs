@@ -7,11 +7,36 @@
 //! * **one more bit**, one line: bit `i` of each byte belongs to operand `i`;
 //! * **two more bits**, two lines: bits `2p` and `2p+1` of line `l` belong to operand `4l+p`.
 
+use super::format::SUB;
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 
 /// Bytes of the nibbles of a sub-block.
 pub const NIBBLES: usize = 256;
+
+/// `byte >> shift & mask` of each byte, eight at a time.
+///
+/// As a loop over bytes this is at the mercy of the vectoriser, which at times makes it ten times slower.
+#[inline(always)]
+pub fn bits<const N: usize>(bytes: &[u8], shift: usize, mask: u8) -> [u8; N] {
+    const { assert!(N.is_multiple_of(8)) };
+    let mut out = [0; N];
+    let mask = u64::from_le_bytes([mask; 8]);
+    for (out, bytes) in out.as_chunks_mut::<8>().0.iter_mut().zip(bytes[..N].as_chunks::<8>().0) {
+        *out = (u64::from_le_bytes(*bytes) >> shift & mask).to_le_bytes();
+    }
+    out
+}
+
+/// `low | high << 4` of each byte; `high` has no bits above its low four.
+#[inline(always)]
+pub fn join(low: [u8; SUB], high: [u8; SUB]) -> [u8; SUB] {
+    let mut out = low;
+    for (out, high) in out.as_chunks_mut::<8>().0.iter_mut().zip(high.as_chunks::<8>().0) {
+        *out = (u64::from_le_bytes(*out) | u64::from_le_bytes(*high) << 4).to_le_bytes();
+    }
+    out
+}
 
 /// Adds a row's codes to a sub-block of whole bytes: `codes[n]` in line `n/4`.
 pub fn put_bytes(codes: &[u8; 32], row: usize, lines: &mut [u8]) {
@@ -120,6 +145,16 @@ pub unsafe fn two_bits_operand<V: Isa>(lines: *const u8, i: usize) -> V::Int {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bits_are_those_of_each_byte() {
+        let bytes: [u8; 32] = std::array::from_fn(|n| (n * 83 + 7) as u8);
+        for (shift, mask) in [(0, 15), (4, 15), (7, 1), (6, 3), (2, 3)] {
+            assert_eq!(bits::<32>(&bytes, shift, mask), bytes.map(|byte| byte >> shift & mask));
+        }
+        let (low, high) = (bits(&bytes, 0, 15), bits(&bytes, 3, 3));
+        assert_eq!(join(low, high), std::array::from_fn(|n| low[n] | high[n] << 4));
+    }
 
     #[test]
     fn what_is_put_is_found() {

@@ -46,5 +46,8 @@ impl IntFormat for Q4_0 {
 
 /// The 32 nibbles of a block of this format and its relatives: the low halves of sixteen bytes, then the high ones.
 pub fn halves(qs: &[u8]) -> [u8; 32] {
-    std::array::from_fn(|n| if n < 16 { qs[n] & 15 } else { qs[n - 16] >> 4 })
+    let mut codes = [0; 32];
+    codes[..16].copy_from_slice(&planes::bits::<16>(qs, 0, 15));
+    codes[16..].copy_from_slice(&planes::bits::<16>(qs, 4, 15));
+    codes
 }

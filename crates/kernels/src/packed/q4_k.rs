@@ -58,6 +58,6 @@ pub fn read_scales<'a>(source: &'a [u8], row: &mut RowBlocks) -> &'a [u8] {
 /// The low four bits: 32 bytes hold two sub-blocks.
 pub fn read_nibbles(qs: &[u8], row: &mut RowBlocks) {
     for (qs, codes) in qs.as_chunks::<32>().0.iter().zip(row.codes.as_chunks_mut::<2>().0) {
-        *codes = [qs.map(|q| q & 15), qs.map(|q| q >> 4)];
+        *codes = [planes::bits(qs, 0, 15), planes::bits(qs, 4, 15)];
     }
 }

@@ -25,7 +25,7 @@ impl IntFormat for Q5K {
         let (high, low) = q4_k::read_scales(source, row).split_at(32);
         q4_k::read_nibbles(low, row);
         for (s, codes) in row.codes.iter_mut().enumerate() {
-            codes.iter_mut().zip(high).for_each(|(code, high)| *code |= (high >> s & 1) << 4);
+            *codes = planes::join(*codes, planes::bits(high, s, 1));
         }
     }
 

@@ -30,11 +30,8 @@ impl IntFormat for Q6K {
         }
         for (s, codes) in row.codes.iter_mut().enumerate() {
             let (half, k) = (s / 4, s % 4);
-            let low = &block[64 * half + 32 * (k % 2)..][..32];
-            let high = &block[128 + 32 * half..][..32];
-            for ((code, low), high) in codes.iter_mut().zip(low).zip(high) {
-                *code = (low >> (k / 2 * 4) & 15) | (high >> (2 * k) & 3) << 4;
-            }
+            let low = planes::bits(&block[64 * half + 32 * (k % 2)..], k / 2 * 4, 15);
+            *codes = planes::join(low, planes::bits(&block[128 + 32 * half..], 2 * k, 3));
         }
     }
 

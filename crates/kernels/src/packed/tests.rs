@@ -216,6 +216,35 @@ fn sums_in_blocks_are_right() {
     }
 }
 
+/// The largest codes and the smallest, all of one sign: no sum on its way may run out of bits.
+#[test]
+fn extreme_codes_are_summed_exactly() {
+    for ty in FORMATS.iter().map(|format| format.ty).filter(|ty| ty.is_quantized()) {
+        for byte in [0xff, 0x80, 0x7f, 0x00] {
+            let mut case = Case::new(ty, 512, 33, 5, 1);
+            for (block, random) in case
+                .bytes
+                .chunks_exact_mut(ty.block_bytes())
+                .zip(random_weights(ty, 512, 33, 2).chunks_exact(ty.block_bytes()))
+            {
+                block.fill(byte);
+                // Ordinary scales in half precision; where others would be is of no matter.
+                let ends = if ty == GgmlType::Q6_K { 208..210 } else { 0..2 };
+                block[ends.clone()].copy_from_slice(&random[ends]);
+                if matches!(ty, GgmlType::Q4_K | GgmlType::Q5_K) {
+                    block[2..4].copy_from_slice(&random[2..4]);
+                }
+            }
+            case.packed = pack(ty, &case.bytes, 512, 33, &Team::new(1), &|_| ()).unwrap().unwrap();
+            for x in [1.0, -1.0] {
+                case.x.fill(x);
+                case.check_bits([1, 2, 3, 5]);
+                case.check_values();
+            }
+        }
+    }
+}
+
 #[test]
 fn nan_and_infinity_reach_the_outputs_of_their_column_and_no_other() {
     for format in FORMATS {
