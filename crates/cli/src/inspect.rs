@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, sync::Arc};
 use anyhow::{Context, Result};
 use clap::Args;
 use paceline_backend::{Backend, KvType, StateConfig, StateDecl, cpu::CpuBackend};
-use paceline_gguf::{GgmlType, Gguf, Value as MetaValue};
+use paceline_gguf::{GgmlType, Gguf, Metadata, Value as MetaValue};
 use paceline_models::ARCHS;
 use paceline_spec::{DRAFTERS, LoadDrafter};
 use serde_json::{Value, json};
@@ -188,10 +188,10 @@ fn target_vocab(file: &Gguf) -> Result<paceline_text::Vocab> {
 /// Keys that a contract is made of, as far as they are there.
 fn contract_alone(file: &Gguf) -> String {
     const PARTS: &[(&str, &[&str])] = &[
-        ("taps as written", &["target_layers", "target_layer_ids", "dflash.target_layer_ids"]),
         ("number of taps", &["dflash.n_target_layers"]),
         ("block", &["block_size", "dflash.block_size"]),
         ("mask token", &["mask_token_id", "dflash.mask_token_id"]),
+        ("layers", &["block_count"]),
         ("target width", &["target_hidden_size"]),
         ("target features", &["dflash.n_target_features"]),
         ("window", &["attention.sliding_window"]),
@@ -202,6 +202,11 @@ fn contract_alone(file: &Gguf) -> String {
     let meta = file.metadata();
     let name = arch(file).unwrap_or("?");
     let mut parts = vec![format!("arch {name}")];
+    let fc = ["fc", "dflash_fc", "dflash.fc"]
+        .into_iter()
+        .find(|fc| file.tensor(&format!("{fc}.weight")).is_some());
+    parts.extend(fc.map(|fc| format!("tensors {fc}")));
+    parts.extend(taps_alone(meta, name, fc));
     for (what, suffixes) in PARTS {
         let prefixes = [name, "dflash", "dflash-draft"];
         let keys = prefixes
@@ -212,11 +217,38 @@ fn contract_alone(file: &Gguf) -> String {
             parts.push(format!("{what} {}", shown(&value, false)));
         }
     }
+    if let Some(map) = file.tensor("d2t") {
+        parts.push(format!("own vocabulary of {} tokens", map.n_elements()));
+    }
     for (what, tensor) in [("embedding", "token_embd.weight"), ("head", "output.weight")] {
         let own = if file.tensor(tensor).is_some() { "own" } else { "target's" };
         parts.push(format!("{what} {own}"));
     }
     format!("{}; not checked: give its target with --target", parts.join(", "))
+}
+
+/// The tapped layers, counted as the contract counts them where the key settles that: `target_layers` has the embedding
+/// as layer 0, `target_layer_ids` has not, but for the files whose writers disagree.
+fn taps_alone(meta: &Metadata, arch: &str, fc: Option<&str>) -> Option<String> {
+    let list = |key: &str| {
+        let keys = [arch, "dflash", "dflash-draft"]
+            .into_iter()
+            .flat_map(|prefix| [format!("{prefix}.{key}"), format!("{prefix}.dflash.{key}")]);
+        keys.into_iter().find_map(|key| meta.u32_array(&key).ok().flatten())
+    };
+    if let Some(taps) = list("target_layers") {
+        let from_0: Option<Vec<u32>> = taps.iter().map(|tap| tap.checked_sub(1)).collect();
+        return Some(from_0.map_or_else(
+            || format!("taps as written {taps:?}, which should begin at 1"),
+            |taps| format!("taps {taps:?} (from 0)"),
+        ));
+    }
+    let taps = list("target_layer_ids")?;
+    let is_open = arch == "dflash" && fc == Some("fc");
+    Some(format!(
+        "taps {taps:?} ({})",
+        if is_open { "from 0 or from 1, depending on the writer" } else { "from 0" }
+    ))
 }
 
 fn shown(value: &MetaValue, full: bool) -> String {

@@ -84,13 +84,16 @@ pub fn edited(file: &str, dir: &Path, name: &str, edit: &dyn Fn(&mut Metadata)) 
     rewritten(file, dir, name, edit, &mut |tensor, data| (tensor.ty, data.to_vec()))
 }
 
-/// The same, its tensors edited too: `tensor` gives each its type and its data.
+/// Gives a tensor its type and data in place of its own.
+pub type EditTensor<'a> = dyn FnMut(&TensorInfo, &[u8]) -> (GgmlType, Vec<u8>) + 'a;
+
+/// The same, its tensors edited too.
 pub fn rewritten(
     file: &str,
     dir: &Path,
     name: &str,
     edit: &dyn Fn(&mut Metadata),
-    tensor: &mut dyn FnMut(&TensorInfo, &[u8]) -> (GgmlType, Vec<u8>),
+    tensor: &mut EditTensor<'_>,
 ) -> String {
     let gguf = Gguf::open(repo(file)).unwrap();
     let mut metadata = gguf.metadata().clone();

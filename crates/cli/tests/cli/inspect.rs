@@ -31,13 +31,42 @@ fn a_target() {
 #[test]
 fn a_drafter_with_and_without_its_target() {
     let alone = paceline(&["inspect", &repo_str(DRAFTER)]).ok();
-    for part in ["block 16", "mask token 4095", "taps as written [2, 3, 5, 6, 7]", "not checked"] {
-        assert!(alone.contains(part), "{part} in {alone}");
-    }
     let checked = paceline(&["inspect", &repo_str(DRAFTER), "--target", &repo_str(TARGET)]).ok();
     assert!(checked.contains("taps [1, 2, 4, 5, 6] (from 0), block 16, mask token 4095"), "{checked}");
+    // Alone it says the same, but for the masks of the layers, which are worked out when it is loaded.
+    let line = checked.lines().find_map(|line| line.trim().strip_prefix("dflash: ")).expect("a contract");
+    let (before, after) = line.split_once(", layers [full full full], ").expect("masks of three layers");
+    for part in [before, after, "layers 3", "not checked: give its target with --target"] {
+        assert!(alone.contains(part), "{part} in {alone}");
+    }
     paceline(&["inspect", &repo_str(TARGET), "--target", &repo_str(TARGET)])
         .fails_with(&["expected a drafter", "qwen35"]);
+}
+
+/// What each writer of drafter files means by its numbers, and the files that leave it open.
+#[test]
+fn taps_are_counted_from_zero_where_the_file_says_how() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |name: &str, key: &str, taps: &[u32], expected: &str| {
+        let path = edited(DRAFTER, dir.path(), name, &|metadata| {
+            metadata.remove("dflash.target_layers");
+            metadata.insert(key, taps.to_vec());
+            metadata.insert("dflash.attention.sliding_window", 2048u32);
+            metadata.insert("dflash.attention.sliding_window_pattern", vec![true, false, true]);
+        });
+        let out = paceline(&["inspect", &path]).ok();
+        for part in [expected, "window 2048, window pattern [true, false, true]"] {
+            assert!(out.contains(part), "{part} in {out}");
+        }
+    };
+    check("one.gguf", "dflash.target_layers", &[1, 4, 8], "taps [0, 3, 7] (from 0)");
+    check("zero.gguf", "dflash.target_layers", &[0, 4], "taps as written [0, 4], which should begin at 1");
+    check(
+        "open.gguf",
+        "dflash.target_layer_ids",
+        &[1, 4],
+        "taps [1, 4] (from 0 or from 1, depending on the writer)",
+    );
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod flags;
 mod hub;
 mod inspect;
 mod pair;
+mod readme;
 mod run;
 mod serve;
 mod types;
