@@ -66,6 +66,7 @@ struct Task {
     fills: Range<usize>,
 }
 
+#[allow(clippy::large_enum_variant)] // nearly all are ops
 enum Kind {
     Op(CpuOp),
     /// Fills stores with what is in a buffer.

@@ -31,8 +31,6 @@ use super::{
 
 /// Values that a tile of an elementwise op handles, about.
 const TILE_VALUES: usize = 8192;
-/// Outputs in a group of a packed matrix.
-const GROUP: usize = 16;
 /// Bytes of a packed matrix that a tile of a product reads: enough that asking for the first of them does not show, and
 /// at most what stays in the second-level cache while many columns pass over it.
 const TILE_BYTES: RangeInclusive<usize> = 32 << 10..=512 << 10;
@@ -388,7 +386,7 @@ impl CpuOp {
         // SAFETY: this tile alone touches the columns of these groups in `dst`, and the product writes no others.
         unsafe { cx.packed.product_into(w, groups.clone(), x, arena, first, w.n_out()) };
         if let Some(bias) = &self.small {
-            let outputs = w.n_out().min(groups.start * GROUP)..w.n_out().min(groups.end * GROUP);
+            let outputs = w.rows(groups);
             let bias = &bias.floats()[outputs.clone()];
             for row in 0..cx.n_rows(dst) {
                 // SAFETY: these are the columns that this tile has just written.
@@ -585,7 +583,7 @@ fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
     (n_out / (4 * n_threads)).clamp(16, 64)
 }
 
-/// Groups of sixteen outputs that one tile computes.
+/// Groups of outputs of a packed matrix that one tile computes.
 fn group_chunk(w: &PackedMatrix, n_threads: usize) -> usize {
     let of_bytes = |bytes: usize| (bytes * w.n_groups() / w.bytes()).max(1);
     w.n_groups().div_ceil(4 * n_threads).clamp(of_bytes(*TILE_BYTES.start()), of_bytes(*TILE_BYTES.end()))

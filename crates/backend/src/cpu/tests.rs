@@ -189,10 +189,10 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
         reports.sort();
         reports
     };
-    // Groups of sixteen rows: 16, 16 and 8 of `a`, 8 of `b`.
-    let bytes = |n_values: usize| (4 * n_values, 4 * (8 * 40 + 40 * 8));
+    let all = 4 * (8 * 40 + 40 * 8);
     let first = compile([&a, &b]);
-    assert_eq!((first.len(), first[3]), (4, bytes(8 * 40 + 40 * 8)), "{first:?}");
+    assert!(first.len() > 2 && first.iter().all(|report| report.1 == all), "{first:?}");
+    assert_eq!(first.last(), Some(&(all, all)));
     assert_eq!(compile([&a, &b]), []);
     assert_eq!([a.id, b.id, table.id].map(|id| backend.weight(id).packed().is_some()), [true, true, false]);
     let c = upload(&backend, &mut random, 40, 8);
