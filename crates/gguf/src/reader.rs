@@ -162,6 +162,13 @@ impl Gguf {
         &self.shards[tensor.shard].bytes.as_slice()[start..start + tensor.n_bytes as usize]
     }
 
+    /// Gives a tensor's pages back to the system, for whoever has made something else of them. [`data`](Self::data)
+    /// reads them again when it is used.
+    pub fn release(&self, tensor: &TensorInfo) {
+        let start = tensor.start as usize;
+        self.shards[tensor.shard].bytes.release(start..start + tensor.n_bytes as usize);
+    }
+
     /// File name for messages; of a split model the first shard's.
     pub fn name(&self) -> &str {
         &self.shards[0].name

@@ -278,3 +278,27 @@ fn values_print_for_people() {
     let strings = Array::String(Strings::new());
     assert_eq!((strings.elem_ty(), strings.elem_ty().name()), (ValueType::String, "string"));
 }
+
+/// Neighbours share pages, and the end of the file is in the middle of one.
+#[test]
+fn released_tensors_are_read_again() {
+    let data: Vec<Vec<u8>> =
+        (0..3).map(|i| (0..40_000usize).map(|j| (i * 71 + j % 251) as u8).collect()).collect();
+    let tensors: Vec<_> = data
+        .iter()
+        .enumerate()
+        .map(|(i, d)| (format!("t{i}"), [10_000u64], GgmlType::F32, d.clone()))
+        .collect();
+    let bytes = to_bytes(&Metadata::new(), &tensors).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.gguf");
+    fs::write(&path, &bytes).unwrap();
+    for file in [Gguf::open(&path).unwrap(), Gguf::from_bytes("in memory", bytes).unwrap()] {
+        for i in [1, 2, 0, 1] {
+            file.release(&file.tensors()[i]);
+            for (tensor, want) in file.tensors().iter().zip(&data) {
+                assert!(file.data(tensor) == want, "{} of {}", tensor.name, file.name());
+            }
+        }
+    }
+}

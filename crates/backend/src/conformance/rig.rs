@@ -74,8 +74,8 @@ pub(super) struct Setup<'a> {
 /// How machines must agree.
 #[derive(Clone, Copy)]
 pub(super) enum Agree {
-    /// With the first one, relative to the largest value of a row.
-    Within(f64),
+    /// With the first one, relative to the largest value of a row, or to this size if all are smaller.
+    Within { tolerance: f64, size: f64 },
     /// Bit for bit.
     Bits,
 }
@@ -119,6 +119,13 @@ pub(super) struct Part<'a> {
     pub seq: &'a Sequence,
     pub rows: Vec<Row>,
     pub n_certain: usize,
+}
+
+impl Agree {
+    /// Within `tolerance` of values of which one is 0.1 at least.
+    pub fn within(tolerance: f64) -> Agree {
+        Agree::Within { tolerance, size: 0.1 }
+    }
 }
 
 impl Rig {
@@ -260,12 +267,14 @@ fn same(at: &str, agree: Agree, (got, width): (&[f32], usize), (want, want_width
         return;
     }
     for (row, (got, want)) in got.chunks_exact(width).zip(want.chunks_exact(width)).enumerate() {
-        let size = want.iter().fold(0.1, |max: f64, x| max.max(f64::from(x.abs())));
+        let greatest = want.iter().fold(0.0, |max: f64, x| max.max(f64::from(x.abs())));
         for (column, (got, want)) in got.iter().zip(want).enumerate() {
             let agrees = match agree {
                 Agree::Bits => got.to_bits() == want.to_bits(),
                 // Not `>`: a NaN agrees with nothing.
-                Agree::Within(tolerance) => (f64::from(*got) - f64::from(*want)).abs() <= tolerance * size,
+                Agree::Within { tolerance, size } => {
+                    (f64::from(*got) - f64::from(*want)).abs() <= tolerance * size.max(greatest)
+                }
             };
             assert!(agrees, "{at}: row {row}, column {column}: {got:e}, expected {want:e}");
         }

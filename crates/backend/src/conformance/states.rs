@@ -178,7 +178,7 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
         taps: &[],
     };
     let scalar = ScalarBackend::default();
-    let mut rig = Rig::new(&[&scalar, backend], Agree::Within(tolerance.other), setup)
+    let mut rig = Rig::new(&[&scalar, backend], Agree::within(tolerance.other), setup)
         .unwrap_or_else(|error| panic!("attention: {error}"));
     run(&mut rig, random, &|random| random.values(width, 2.0), &mut |_, _, _| {});
 }
@@ -213,7 +213,7 @@ fn short_conv(
         taps: &[],
     };
     let scalar = ScalarBackend::default();
-    let mut rig = Rig::new(&[&scalar, backend], Agree::Within(tolerance.other), setup)
+    let mut rig = Rig::new(&[&scalar, backend], Agree::within(tolerance.other), setup)
         .unwrap_or_else(|error| panic!("short_conv: {error}"));
     run(&mut rig, random, &|random| random.values(channels, 2.0), &mut |rig, seq, _| {
         (1..=width).for_each(|plan| probe(rig, plan, seq, vec![vec![0.5; channels]]));
@@ -247,7 +247,7 @@ fn delta_rule(
         taps: &[],
     };
     let scalar = ScalarBackend::default();
-    let mut rig = Rig::new(&[&scalar, backend], Agree::Within(tolerance.other), setup)
+    let mut rig = Rig::new(&[&scalar, backend], Agree::within(tolerance.other), setup)
         .unwrap_or_else(|error| panic!("delta_rule: {error}"));
     let input = |random: &mut Random| {
         let mut row = random.values(width, 2.0);

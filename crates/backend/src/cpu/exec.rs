@@ -1,13 +1,17 @@
 //! Replaying a plan: waves of tiles over a thread team.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
-use paceline_kernels::{KernelTable, SharedMut, Team};
+use paceline_kernels::{
+    KernelTable, SharedMut, Team,
+    packed::{PackedTable, QuantRows, RowWriter},
+};
 
-use crate::{Buf, Exec, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
-    ops::CpuOp,
+    ops::{CpuOp, row_chunk},
+    quant::{Store, Work, schedule},
     states::{CpuStates, PageData},
     weights::Weight,
 };
@@ -19,20 +23,84 @@ pub(super) const SHARE_FROM: Nanos = 4_000;
 /// Estimated time of one thread. Only the choice between sharing a wave and not depends on it, never a value.
 pub(super) type Nanos = usize;
 
+/// The kernels of one instruction set.
+#[derive(Clone, Copy)]
+pub(super) struct Kernels {
+    pub table: &'static KernelTable,
+    pub packed: &'static PackedTable,
+}
+
 /// A plan on the CPU. One serves every number of rows.
 pub(super) struct CpuExec {
     plan: Arc<Plan>,
-    ops: Vec<CpuOp>,
+    tasks: Vec<Task>,
+    waves: Vec<Wave>,
     states: CpuStates,
     team: Arc<Team>,
-    table: &'static KernelTable,
+    kernels: Kernels,
     /// Arenas of batch and of output rows: buffer `b` lies at `offset(b) · n` and has `width(b) · n` values.
     arenas: [Vec<f32>; 2],
+    /// What the stores hold, and the stores.
+    shapes: Vec<Store>,
+    stores: Vec<QuantRows>,
     share_from: Nanos,
     /// Lane of each row of the step.
     lane_of_row: Vec<u32>,
-    /// For each op of a wave, the number of tiles up to its end.
+    /// For each task of a wave, the number of tiles up to its end.
     ends: Vec<usize>,
+    /// Memory for the writers of a wave; empty between waves.
+    writers: Vec<RowWriter<'static>>,
+}
+
+/// Tasks between two barriers.
+struct Wave {
+    tasks: Range<usize>,
+    /// Stores that they fill, all different, in the order of the tasks.
+    fills: Vec<usize>,
+}
+
+/// A piece of a wave that falls into tiles.
+struct Task {
+    kind: Kind,
+    /// The writers of the stores that it fills, among those of the wave.
+    fills: Range<usize>,
+}
+
+#[allow(clippy::large_enum_variant)] // nearly all are ops
+enum Kind {
+    Op(CpuOp),
+    /// Fills stores with what is in a buffer.
+    Quantize(Buf),
+}
+
+impl Task {
+    fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        match &self.kind {
+            Kind::Op(op) => op.n_tiles(cx, n_threads),
+            Kind::Quantize(buf) => cx.n_rows(*buf).div_ceil(row_chunk(cx.plan.width(*buf))),
+        }
+    }
+
+    fn work(&self, cx: &Cx<'_>) -> Nanos {
+        match &self.kind {
+            Kind::Op(op) => op.work(cx),
+            Kind::Quantize(buf) => cx.n_rows(*buf) * cx.plan.width(*buf) / 4,
+        }
+    }
+
+    fn run(&self, cx: &Cx<'_>, writers: &[RowWriter<'_>], n_threads: usize, tile: usize) {
+        let writers = &writers[self.fills.clone()];
+        match &self.kind {
+            Kind::Op(op) => op.run(cx, writers, n_threads, tile),
+            Kind::Quantize(buf) => {
+                let chunk = row_chunk(cx.plan.width(*buf));
+                for row in tile * chunk..((tile + 1) * chunk).min(cx.n_rows(*buf)) {
+                    // SAFETY: rows are dealt out once each, and no other task of the wave has these writers.
+                    unsafe { cx.quantize(writers, *buf, row) };
+                }
+            }
+        }
+    }
 }
 
 /// What every tile of a step sees.
@@ -40,12 +108,14 @@ pub(super) struct Cx<'a> {
     pub plan: &'a Plan,
     pub step: &'a Step<'a>,
     pub table: &'static KernelTable,
+    pub packed: &'static PackedTable,
     pub page_len: usize,
     pub pages: SharedMut<'a, Option<PageData>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
     pub lane_of_row: &'a [u32],
     arenas: [SharedMut<'a, f32>; 2],
+    stores: SharedMut<'a, QuantRows>,
 }
 
 impl Cx<'_> {
@@ -77,7 +147,7 @@ impl Cx<'_> {
     /// Nothing else may read or write these values while the slice lives: the caller is the one tile of the op
     /// that writes them.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn part_mut(&self, buf: Buf, row: usize, columns: std::ops::Range<usize>) -> &mut [f32] {
+    pub unsafe fn part_mut(&self, buf: Buf, row: usize, columns: Range<usize>) -> &mut [f32] {
         let (n, width) = (self.n_rows(buf), self.plan.width(buf));
         assert!(row < n && columns.end <= width, "row {row} of {n}, columns {columns:?} of {width}");
         let start = self.plan.columns(buf).start * n + row * width;
@@ -94,6 +164,30 @@ impl Cx<'_> {
         // SAFETY: handed on to the caller.
         unsafe { self.part_mut(buf, row, 0..self.plan.width(buf)) }
     }
+
+    /// The arena of `buf`, with the place of its first value: row `r` is `r` widths behind.
+    pub fn place(&self, buf: Buf) -> (&SharedMut<'_, f32>, usize) {
+        let arena = self.plan.rows(buf) as usize;
+        (&self.arenas[arena], self.plan.columns(buf).start * self.n_rows(buf))
+    }
+
+    /// What a store holds.
+    pub fn quantized(&self, store: usize) -> &QuantRows {
+        // SAFETY: a store has no reader in the wave that fills it (asserted in `CpuExec::new`), and writers are gone when
+        // their wave is over.
+        unsafe { &self.stores.get(store..store + 1)[0] }
+    }
+
+    /// Row `row` of `buf` into stores.
+    ///
+    /// # Safety
+    /// Nothing else may write this row of these stores, or `buf`'s, at the same time.
+    pub unsafe fn quantize(&self, writers: &[RowWriter<'_>], buf: Buf, row: usize) {
+        for writer in writers {
+            // SAFETY: handed on to the caller.
+            unsafe { writer.quantize(self.packed, row, self.row(buf, row)) };
+        }
+    }
 }
 
 impl CpuExec {
@@ -101,20 +195,48 @@ impl CpuExec {
         plan: Arc<Plan>,
         states: CpuStates,
         team: Arc<Team>,
-        table: &'static KernelTable,
+        kernels: Kernels,
+        packs: bool,
         weight: impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuExec {
-        let ops = plan.ops.iter().map(|op| CpuOp::new(op, &plan, &states, &weight)).collect();
+        let schedule = schedule(&plan, |i| match plan.ops[i] {
+            Op::MatMul { weight: id, .. } if packs => weight(id).packed().map(|matrix| matrix.grain()),
+            _ => None,
+        });
+        let (mut tasks, mut waves) = (Vec::new(), Vec::new());
+        for items in schedule.waves {
+            let first = tasks.len();
+            let (mut fills, mut reads) = (Vec::new(), Vec::new());
+            for item in items {
+                let kind = match item.work {
+                    Work::Op(i) => {
+                        reads.extend(schedule.reads[i]);
+                        Kind::Op(CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight))
+                    }
+                    Work::Quantize(buf) => Kind::Quantize(buf),
+                };
+                let start = fills.len();
+                fills.extend(item.fills);
+                tasks.push(Task { kind, fills: start..fills.len() });
+            }
+            let alone = |i: usize| !fills[..i].contains(&fills[i]) && !reads.contains(&fills[i]);
+            assert!((0..fills.len()).all(alone), "a wave fills stores {fills:?} and reads {reads:?}");
+            waves.push(Wave { tasks: first..tasks.len(), fills });
+        }
         CpuExec {
             plan,
-            ops,
+            tasks,
+            waves,
             states,
             team,
-            table,
+            kernels,
             arenas: [Vec::new(), Vec::new()],
+            stores: schedule.stores.iter().map(|_| QuantRows::new()).collect(),
+            shapes: schedule.stores,
             share_from: SHARE_FROM,
             lane_of_row: Vec::new(),
             ends: Vec::new(),
+            writers: Vec::new(),
         }
     }
 
@@ -139,6 +261,10 @@ impl Exec for CpuExec {
                 arena.fill(f32::NAN);
             }
         }
+        for (store, shape) in self.stores.iter_mut().zip(&self.shapes) {
+            let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
+            store.reset(shape.grain, n, shape.width);
+        }
         let mut inner = self.states.lock();
         let inner = &mut *inner;
         self.lane_of_row.resize(step.n_rows(), 0);
@@ -158,37 +284,47 @@ impl Exec for CpuExec {
         let cx = Cx {
             plan,
             step,
-            table: self.table,
+            table: self.kernels.table,
+            packed: self.kernels.packed,
             page_len: config.page_len,
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
             lane_of_row: &self.lane_of_row,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
+            stores: SharedMut::new(&mut self.stores),
         };
         let n_threads = self.team.n_threads();
-        for wave in &plan.waves {
-            let ops = &self.ops[wave.clone()];
-            if n_threads == 1 || ops.iter().map(|op| op.work(&cx)).sum::<Nanos>() < self.share_from {
-                for op in ops {
-                    (0..op.n_tiles(&cx, 1)).for_each(|tile| op.run(&cx, 1, tile));
+        let mut writers: Vec<RowWriter<'_>> = std::mem::take(&mut self.writers);
+        for wave in &self.waves {
+            let tasks = &self.tasks[wave.tasks.clone()];
+            writers.extend(wave.fills.iter().map(|&store| {
+                // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
+                unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
+            }));
+            if n_threads == 1 || tasks.iter().map(|task| task.work(&cx)).sum::<Nanos>() < self.share_from {
+                for task in tasks {
+                    (0..task.n_tiles(&cx, 1)).for_each(|tile| task.run(&cx, &writers, 1, tile));
                 }
-                continue;
+            } else {
+                // The tiles of a wave's tasks, one after the other, so that a short one leaves nobody waiting.
+                self.ends.clear();
+                let mut n_tiles = 0;
+                for task in tasks {
+                    n_tiles += task.n_tiles(&cx, n_threads);
+                    self.ends.push(n_tiles);
+                }
+                let (ends, writers) = (&self.ends, &writers);
+                self.team.for_each(n_tiles, &|tile| {
+                    let at = ends.partition_point(|&end| end <= tile);
+                    let first = if at == 0 { 0 } else { ends[at - 1] };
+                    tasks[at].run(&cx, writers, n_threads, tile - first);
+                });
             }
-            // The tiles of a wave's ops, one after the other, so that a short op leaves nobody waiting.
-            self.ends.clear();
-            let mut n_tiles = 0;
-            for op in ops {
-                n_tiles += op.n_tiles(&cx, n_threads);
-                self.ends.push(n_tiles);
-            }
-            let ends = &self.ends;
-            self.team.for_each(n_tiles, &|tile| {
-                let at = ends.partition_point(|&end| end <= tile);
-                let first = if at == 0 { 0 } else { ends[at - 1] };
-                ops[at].run(&cx, n_threads, tile - first);
-            });
+            writers.clear();
         }
+        // The same memory, for writers of another lifetime: collecting in place allocates nothing.
+        self.writers = writers.into_iter().map(|_| unreachable!("cleared after each wave")).collect();
         let copy = |buf: Option<Buf>, to: &mut Vec<f32>| {
             to.clear();
             buf.map_or(0, |buf| {

@@ -1,8 +1,9 @@
-//! The CPU backend: weights stay where the file is mapped, states live in vectors that grow with use, and a
-//! thread team works through the waves of a plan.
+//! The CPU backend: matrices that products read are packed when a plan is compiled, other weights stay where the file is
+//! mapped, states live in vectors that grow with use, and a thread team works through the waves of a plan.
 
 mod exec;
 mod ops;
+mod quant;
 mod states;
 #[cfg(test)]
 mod tests;
@@ -10,22 +11,37 @@ mod weights;
 
 use std::{
     any::Any,
-    sync::{Arc, RwLock},
+    collections::HashSet,
+    sync::{
+        Arc, Mutex, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use paceline_kernels::{KernelTable, Team};
+use paceline_kernels::{KernelTable, Team, packed::PackedTable};
 
-use crate::{Backend, Error, Exec, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
+use crate::{Backend, Error, Exec, Op, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
 
-use exec::{CpuExec, Nanos, SHARE_FROM};
+use exec::{CpuExec, Kernels, Nanos, SHARE_FROM};
 use states::CpuStates;
 use weights::Weight;
+
+/// The environment variable that turns packing off, if it is 0: products then read the weights as the file has them.
+pub const PACK_VARIABLE: &str = "PACELINE_PACK";
+
+/// Called with the bytes of a plan's matrices that have been packed, and with all of them.
+type OnProgress = Box<dyn Fn(usize, usize) + Send + Sync>;
 
 /// The CPU of this machine.
 pub struct CpuBackend {
     team: Arc<Team>,
-    table: &'static KernelTable,
+    kernels: Kernels,
     weights: RwLock<Vec<Arc<Weight>>>,
+    /// Whether matrices are packed.
+    packs: bool,
+    /// Held while a plan's matrices are packed.
+    packing: Mutex<()>,
+    on_progress: Option<OnProgress>,
     /// Waves of less work than this stay on the calling thread.
     share_from: Nanos,
 }
@@ -39,8 +55,31 @@ impl CpuBackend {
             n => n,
         };
         let table = KernelTable::best().map_err(|e| Error::Kernels(e.to_string()))?;
-        let team = Arc::new(Team::new(n_threads));
-        Ok(CpuBackend { team, table, weights: RwLock::default(), share_from: SHARE_FROM })
+        let packs = match std::env::var_os(PACK_VARIABLE).map(|v| v.to_string_lossy().into_owned()).as_deref()
+        {
+            None | Some("" | "1") => true,
+            Some("0") => false,
+            Some(asked) => {
+                return Err(Error::Kernels(format!(
+                    "{PACK_VARIABLE}={asked}: expected 0 (products read the file) or 1"
+                )));
+            }
+        };
+        Ok(CpuBackend {
+            team: Arc::new(Team::new(n_threads)),
+            kernels: Kernels { table, packed: PackedTable::of(table) },
+            weights: RwLock::default(),
+            packs,
+            packing: Mutex::default(),
+            on_progress: None,
+            share_from: SHARE_FROM,
+        })
+    }
+
+    /// Calls `report(done, all)` while the matrices of a plan are packed, with bytes of the file: often, and from several
+    /// threads. A plan whose matrices have all been packed reports nothing.
+    pub fn on_progress(self, report: impl Fn(usize, usize) + Send + Sync + 'static) -> CpuBackend {
+        CpuBackend { on_progress: Some(Box::new(report)), ..self }
     }
 
     /// Threads that compute.
@@ -53,6 +92,27 @@ impl CpuBackend {
         let weights = self.weights.read().unwrap_or_else(|e| e.into_inner());
         weights[id.0 as usize].clone()
     }
+
+    /// Packs the matrices that products of `plan` read, those that no other plan had packed before.
+    fn pack(&self, plan: &Plan) -> Result<(), Error> {
+        // A panic elsewhere leaves a matrix packed or not packed.
+        let _alone = self.packing.lock().unwrap_or_else(|e| e.into_inner());
+        let mut seen = HashSet::new();
+        let read = plan.ops.iter().filter_map(|op| match op {
+            Op::MatMul { weight, .. } if seen.insert(*weight) => Some(self.weight(*weight)),
+            _ => None,
+        });
+        let todo: Vec<Arc<Weight>> = read.filter(|weight| weight.wants_packing()).collect();
+        let all = todo.iter().map(|weight| weight.file_bytes()).sum();
+        let done = AtomicUsize::new(0);
+        let progress = |bytes: usize| {
+            let before = done.fetch_add(bytes, Ordering::Relaxed);
+            if let Some(report) = &self.on_progress {
+                report(before + bytes, all);
+            }
+        };
+        todo.iter().try_for_each(|weight| weight.pack(&self.team, &progress))
+    }
 }
 
 impl Backend for CpuBackend {
@@ -61,7 +121,8 @@ impl Backend for CpuBackend {
     }
 
     fn describe(&self) -> String {
-        format!("CPU, {} kernels, {} threads", self.table.isa, self.team.n_threads())
+        let unpacked = if self.packs { "" } else { ", weights not packed" };
+        format!("CPU, {} kernels, {} threads{unpacked}", self.kernels.table.isa, self.team.n_threads())
     }
 
     fn upload(&self, source: &WeightSource) -> Result<WeightId, Error> {
@@ -72,14 +133,18 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error> {
-        Ok(Arc::new(CpuStates::new(decls, config, self.team.clone(), self.table)))
+        Ok(Arc::new(CpuStates::new(decls, config, self.team.clone(), self.kernels.table)))
     }
 
     fn compile(&self, plan: Arc<Plan>, states: &Arc<dyn States>) -> Result<Box<dyn Exec>, Error> {
         // An Arc of the trait can't be turned into one of the type, so the states are cloned: a handle.
         let any: &dyn Any = states.as_any();
         let states = any.downcast_ref::<CpuStates>().ok_or(Error::ForeignStates("cpu"))?.handle();
-        let exec = CpuExec::new(plan, states, self.team.clone(), self.table, |id| self.weight(id));
+        if self.packs {
+            self.pack(&plan)?;
+        }
+        let exec =
+            CpuExec::new(plan, states, self.team.clone(), self.kernels, self.packs, |id| self.weight(id));
         Ok(Box::new(exec.share_from(self.share_from)))
     }
 }

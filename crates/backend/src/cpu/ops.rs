@@ -4,7 +4,11 @@
 //! How an op is cut never changes its result: a tile is some rows, some outputs of a matrix, a head, or some
 //! channels, and every value is computed the same way whichever tile it falls into.
 
-use std::{cell::RefCell, ops::Range, sync::Arc};
+use std::{
+    cell::RefCell,
+    ops::{Range, RangeInclusive},
+    sync::Arc,
+};
 
 use paceline_kernels::{
     act,
@@ -13,6 +17,7 @@ use paceline_kernels::{
     delta::{DeltaToken, delta_step},
     kv::{KvRows, write_row},
     norm,
+    packed::{PackedMatrix, QuantRows, RowWriter},
     rope::{self, RopeTable},
 };
 
@@ -26,6 +31,9 @@ use super::{
 
 /// Values that a tile of an elementwise op handles, about.
 const TILE_VALUES: usize = 8192;
+/// Bytes of a packed matrix that a tile of a product reads: enough that asking for the first of them does not show, and
+/// at most what stays in the second-level cache while many columns pass over it.
+const TILE_BYTES: RangeInclusive<usize> = 32 << 10..=512 << 10;
 /// Query heads that read a page together.
 const HEADS_AT_ONCE: usize = 8;
 /// Channels that a tile of a convolution handles.
@@ -59,6 +67,8 @@ struct KvPlace {
 pub(super) struct CpuOp {
     op: Op,
     weight: Option<Arc<Weight>>,
+    /// The store that a product with a packed matrix reads.
+    store: Option<usize>,
     /// A bias, a norm's weight, the sinks, or the second of two small weights.
     small: Option<Arc<Weight>>,
     rope: Option<RopeTable>,
@@ -67,8 +77,16 @@ pub(super) struct CpuOp {
 }
 
 impl CpuOp {
-    pub fn new(op: &Op, plan: &Plan, states: &CpuStates, weight: &impl Fn(WeightId) -> Arc<Weight>) -> CpuOp {
-        let mut this = CpuOp { op: op.clone(), weight: None, small: None, rope: None, kv: None, slot: None };
+    /// `store` is what a product with a packed matrix reads, if it is one.
+    pub fn new(
+        op: &Op,
+        store: Option<usize>,
+        plan: &Plan,
+        states: &CpuStates,
+        weight: &impl Fn(WeightId) -> Arc<Weight>,
+    ) -> CpuOp {
+        let mut this =
+            CpuOp { op: op.clone(), store, weight: None, small: None, rope: None, kv: None, slot: None };
         let kv = |state: crate::StateId| {
             let at = state.0 as usize;
             match states.decls()[at] {
@@ -130,6 +148,14 @@ impl CpuOp {
         }
     }
 
+    /// The packed matrix of a product and the store of its activations.
+    fn packed(&self) -> Option<(&PackedMatrix, usize)> {
+        self.store.map(|store| match self.weight().packed() {
+            Some(matrix) => (matrix, store),
+            None => unreachable!("a store is for packed matrices"),
+        })
+    }
+
     fn kv(&self) -> KvPlace {
         match self.kv {
             Some(kv) => kv,
@@ -140,9 +166,10 @@ impl CpuOp {
     /// Pieces that this op falls into for the rows of the step.
     pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
         match &self.op {
-            Op::MatMul { dst, .. } => match cx.n_rows(*dst) {
-                0 => 0,
-                _ => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
+            Op::MatMul { dst, .. } => match (cx.n_rows(*dst), self.packed()) {
+                (0, _) => 0,
+                (_, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n_threads)),
+                (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
             Op::KvAppend { .. } => cx.step.lanes.len(),
             Op::Attention(_) => cx.step.n_rows() * self.kv().n_head,
@@ -160,9 +187,14 @@ impl CpuOp {
     pub fn work(&self, cx: &Cx<'_>) -> Nanos {
         let values = |buf: Buf| cx.n_rows(buf) * cx.plan.width(buf);
         match &self.op {
-            // Widening a weight costs about as much as four products with it.
             Op::MatMul { src, dst, .. } => {
-                cx.plan.width(*src) * cx.plan.width(*dst) * (4 + cx.n_rows(*dst)) / 64
+                let (n_weights, n) = (cx.plan.width(*src) * cx.plan.width(*dst), cx.n_rows(*dst));
+                match self.packed() {
+                    // Reading the tiles, and products in vectors.
+                    Some((w, _)) => w.bytes() / 16 + n * n_weights / 256,
+                    // Widening a weight costs about as much as four products with it.
+                    None => n_weights * (4 + n) / 64,
+                }
             }
             Op::Attention(op) => {
                 let lanes = cx.step.lanes.iter();
@@ -190,10 +222,17 @@ impl CpuOp {
         }
     }
 
-    /// Computes one piece.
-    pub fn run(&self, cx: &Cx<'_>, n_threads: usize, tile: usize) {
+    /// Computes one piece; whole rows go through `writers` too, which are this op's.
+    pub fn run(&self, cx: &Cx<'_>, writers: &[RowWriter<'_>], n_threads: usize, tile: usize) {
         match &self.op {
-            Op::MatMul { src, dst, .. } => self.matmul(cx, n_threads, tile, *src, *dst),
+            Op::MatMul { src, dst, .. } => match self.packed() {
+                Some((w, store)) => {
+                    let chunk = group_chunk(w, n_threads);
+                    let groups = tile * chunk..((tile + 1) * chunk).min(w.n_groups());
+                    self.packed_matmul(cx, w, groups, cx.quantized(store), *dst);
+                }
+                None => self.matmul(cx, n_threads, tile, *src, *dst),
+            },
             Op::KvAppend { k, v, .. } => self.kv_append(cx, &cx.step.lanes[tile], *k, *v),
             Op::Attention(op) => {
                 let n_head_kv = self.kv().n_head;
@@ -210,6 +249,10 @@ impl CpuOp {
                 let n_rows = cx.n_rows(dst);
                 for row in tile * chunk..((tile + 1) * chunk).min(n_rows) {
                     self.row_wise(cx, row);
+                    if !writers.is_empty() {
+                        // SAFETY: rows are dealt out once each, and no other task of the wave has these writers.
+                        unsafe { cx.quantize(writers, dst, row) };
+                    }
                 }
             }
         }
@@ -335,6 +378,22 @@ impl CpuOp {
                 unsafe { cx.part_mut(dst, row, outputs.clone()) }.copy_from_slice(values);
             }
         });
+    }
+
+    /// The outputs of some groups of a packed matrix, of all rows.
+    fn packed_matmul(&self, cx: &Cx<'_>, w: &PackedMatrix, groups: Range<usize>, x: &QuantRows, dst: Buf) {
+        let (arena, first) = cx.place(dst);
+        // SAFETY: this tile alone touches the columns of these groups in `dst`, and the product writes no others.
+        unsafe { cx.packed.product_into(w, groups.clone(), x, arena, first, w.n_out()) };
+        if let Some(bias) = &self.small {
+            let outputs = w.rows(groups);
+            let bias = &bias.floats()[outputs.clone()];
+            for row in 0..cx.n_rows(dst) {
+                // SAFETY: these are the columns that this tile has just written.
+                let out = unsafe { cx.part_mut(dst, row, outputs.clone()) };
+                out.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            }
+        }
     }
 
     fn kv_append(&self, cx: &Cx<'_>, lane: &Lane<'_>, k: Buf, v: Buf) {
@@ -524,7 +583,29 @@ fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
     (n_out / (4 * n_threads)).clamp(16, 64)
 }
 
-fn row_chunk(width: usize) -> usize {
+/// Groups of outputs of a packed matrix that one tile computes.
+fn group_chunk(w: &PackedMatrix, n_threads: usize) -> usize {
+    let of_bytes = |bytes: usize| (bytes * w.n_groups() / w.bytes()).max(1);
+    w.n_groups().div_ceil(4 * n_threads).clamp(of_bytes(*TILE_BYTES.start()), of_bytes(*TILE_BYTES.end()))
+}
+
+/// Whether a tile of this op computes whole rows of its one result.
+pub(super) fn computes_whole_rows(op: &Op) -> bool {
+    match op {
+        Op::MatMul { .. }
+        | Op::KvAppend { .. }
+        | Op::Attention(_)
+        | Op::ShortConv { .. }
+        | Op::DeltaRule { .. } => false,
+        Op::Place { .. } | Op::DeltaGates { .. } => false,
+        op => {
+            row_wise_dst(op);
+            true
+        }
+    }
+}
+
+pub(super) fn row_chunk(width: usize) -> usize {
     (TILE_VALUES / width.max(1)).max(1)
 }
 

@@ -12,7 +12,7 @@ use super::*;
 use crate::{
     AttentionOp, BlockMask, Buf, KvType, Lane, Matrix, PageId, PlanBuilder, SlotId, StateId, Step, StepOut,
     Vector, WeightSource,
-    conformance::{self, Tolerance, random::Random},
+    conformance::{self, EIGHT_BIT_ACTIVATIONS, Tolerance, random::Random},
 };
 
 /// A backend that shares every wave, however little there is to do.
@@ -20,10 +20,23 @@ fn eager(n_threads: usize) -> CpuBackend {
     CpuBackend { share_from: 0, ..CpuBackend::new(n_threads).unwrap() }
 }
 
+/// A backend that packs nothing.
+fn unpacked(backend: CpuBackend) -> CpuBackend {
+    CpuBackend { packs: false, ..backend }
+}
+
 #[test]
 fn every_op_is_as_defined() {
-    for backend in [CpuBackend::new(1).unwrap(), eager(2)] {
-        let report = conformance::check(&backend, Tolerance::default());
+    let exact = Tolerance::default();
+    let packed = Tolerance { matmul: EIGHT_BIT_ACTIVATIONS, ..exact };
+    let backends = [
+        (CpuBackend::new(1).unwrap(), packed),
+        (eager(2), packed),
+        (unpacked(CpuBackend::new(1).unwrap()), exact),
+        (unpacked(eager(2)), exact),
+    ];
+    for (backend, tolerance) in backends {
+        let report = conformance::check(&backend, tolerance);
         assert_eq!(report.unsupported, [], "the CPU computes with every format");
         assert!(report.n_case > 10 * FORMATS.len(), "{} cases", report.n_case);
     }
@@ -37,6 +50,7 @@ fn every_bit_is_the_same_however_rows_are_cut_and_whoever_computes() {
         &CpuBackend::new(2).unwrap(),
         &eager(5),
     ]);
+    conformance::check_bits(&[&unpacked(CpuBackend::new(1).unwrap()), &unpacked(eager(2))]);
 }
 
 fn upload(backend: &dyn Backend, random: &mut Random, n_in: usize, n_out: usize) -> Matrix {
@@ -136,6 +150,53 @@ fn a_shared_arena_is_as_good_as_memory_for_every_buffer() {
         assert_eq!((a.output, a.taps), (b.output, b.taps), "{text}");
     }
     assert!(saved > 0, "placement shares memory at all");
+}
+
+/// Stores are filled by other ops than those that read the floats, and shared by buffers of one width.
+#[test]
+fn a_product_multiplies_the_rows_of_its_own_input() {
+    for seed in 10..30 {
+        let [packed, floats] = [eager(2), unpacked(eager(2))].map(|backend| {
+            let mut random = Random::new(seed);
+            let plan = random_plan(&backend, &mut random);
+            replay(&backend, plan, &random.values(30 * 5, 1.0), 5)
+        });
+        let greatest = floats.output.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        let apart =
+            packed.output.iter().zip(&floats.output).fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
+        assert!(apart <= 1e-4 * greatest, "plan {seed}: {apart} of {greatest}");
+        assert_ne!(packed.output, floats.output, "plan {seed}: sums in another order");
+    }
+}
+
+#[test]
+fn matrices_are_packed_once_and_tables_not_at_all() {
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let seen = reports.clone();
+    let backend = eager(2).on_progress(move |done, all| seen.lock().unwrap().push((done, all)));
+    let mut random = Random::new(3);
+    let [a, b, table] =
+        [(8, 40), (40, 8), (8, 8)].map(|(n_in, n_out)| upload(&backend, &mut random, n_in, n_out));
+    let compile = |matrices: [&Matrix; 2]| {
+        let mut p = PlanBuilder::new(&[]);
+        let x = p.embed(&table, 1.0);
+        let x = p.matmul(x, matrices[0]);
+        let x = p.matmul(x, matrices[1]);
+        let plan = p.finish(Some(x));
+        let states = backend.alloc_states(&[], StateConfig::default()).unwrap();
+        backend.compile(Arc::new(plan), &states).unwrap();
+        let mut reports = std::mem::take(&mut *reports.lock().unwrap());
+        reports.sort();
+        reports
+    };
+    let all = 4 * (8 * 40 + 40 * 8);
+    let first = compile([&a, &b]);
+    assert!(first.len() > 2 && first.iter().all(|report| report.1 == all), "{first:?}");
+    assert_eq!(first.last(), Some(&(all, all)));
+    assert_eq!(compile([&a, &b]), []);
+    assert_eq!([a.id, b.id, table.id].map(|id| backend.weight(id).packed().is_some()), [true, true, false]);
+    let c = upload(&backend, &mut random, 40, 8);
+    assert_eq!(compile([&a, &c]), [(4 * 40 * 8, 4 * 40 * 8)]);
 }
 
 /// Keys, values and queries from the input; a page that has no storage panics in the middle of a step.

@@ -1,11 +1,12 @@
-//! Weights as they lie in the mapped file.
+//! Weights as they lie in the mapped file, and packed for products.
 
 use std::sync::{Arc, OnceLock};
 
-use paceline_gguf::Gguf;
+use paceline_gguf::{Gguf, TensorInfo};
 use paceline_kernels::{
-    WeightRows,
+    Team, WeightRows,
     formats::{FORMATS, Format, format},
+    packed::{self, PackedMatrix},
 };
 
 use crate::{Error, WeightSource};
@@ -18,6 +19,7 @@ pub(super) struct Weight {
     n_in: usize,
     n_rows: usize,
     floats: OnceLock<Vec<f32>>,
+    packed: OnceLock<PackedMatrix>,
 }
 
 impl Weight {
@@ -39,6 +41,7 @@ impl Weight {
             tensor: source.tensor,
             file: source.file.clone(),
             floats: OnceLock::new(),
+            packed: OnceLock::new(),
         })
     }
 
@@ -52,10 +55,47 @@ impl Weight {
         self.n_in
     }
 
+    fn tensor(&self) -> &TensorInfo {
+        &self.file.tensors()[self.tensor]
+    }
+
+    /// Bytes in the file.
+    pub fn file_bytes(&self) -> usize {
+        self.tensor().n_bytes as usize
+    }
+
+    /// Whether [`pack`](Self::pack) has something to do.
+    pub fn wants_packing(&self) -> bool {
+        packed::grain(self.format.ty).is_some() && self.packed.get().is_none()
+    }
+
+    /// Packs the matrix and gives the file's pages back to the system; who reads rows finds them again. `progress` is
+    /// told how many bytes were read, by several threads. Not to be called by two threads at once.
+    pub fn pack(&self, team: &Team, progress: &(dyn Fn(usize) + Sync)) -> Result<(), Error> {
+        let tensor = self.tensor();
+        let data = self.file.data(tensor);
+        let packed = packed::pack(self.format.ty, data, self.n_in, self.n_rows, team, progress);
+        let packed = packed.map_err(|error| Error::OutOfMemory {
+            what: format!("{}: packing tensor `{}`", self.file.name(), tensor.name),
+            bytes: error.bytes,
+        })?;
+        if let Some(packed) = packed {
+            // Whoever was first has packed the same.
+            let _ = self.packed.set(packed);
+            self.file.release(tensor);
+        }
+        Ok(())
+    }
+
+    /// The matrix in the form that products want, if it has been packed.
+    pub fn packed(&self) -> Option<&PackedMatrix> {
+        self.packed.get()
+    }
+
     /// Rows `first .. first + n`.
     pub fn rows(&self, first: usize, n: usize) -> WeightRows<'_> {
         let row_bytes = self.format.ty.row_bytes(self.n_in);
-        let data = self.file.data(&self.file.tensors()[self.tensor]);
+        let data = self.file.data(self.tensor());
         WeightRows {
             dequantize: self.format.dequantize,
             bytes: &data[first * row_bytes..(first + n) * row_bytes],
@@ -68,8 +108,7 @@ impl Weight {
     pub fn floats(&self) -> &[f32] {
         self.floats.get_or_init(|| {
             let mut out = vec![0.0; self.n_in * self.n_rows];
-            let data = self.file.data(&self.file.tensors()[self.tensor]);
-            (self.format.dequantize)(data, &mut out);
+            (self.format.dequantize)(self.file.data(self.tensor()), &mut out);
             out
         })
     }

@@ -194,6 +194,8 @@ fn no_memory_of_a_drafter_without_one() {
         assert!(server.metric("paceline:kv_pages") > 0.0, "the answer is under way");
         let bytes = server.metric("paceline:drafter_memory_bytes");
         assert_eq!(bytes > 0.0, is_there, "`{flags}`: {bytes}");
+        // Steps enough for a millisecond of drafting.
+        assert_eq!(events.by_ref().take(100).filter(|event| event.is_ok()).count(), 100);
         drop(events);
         server.wait_until_idle();
         assert_eq!(server.metric("paceline:spec_draft_seconds_total") > 1e-3, is_there, "`{flags}`");

@@ -143,6 +143,11 @@ impl PackedMatrix {
         self.n_out.div_ceil(ROWS)
     }
 
+    /// The rows of some groups.
+    pub fn rows(&self, groups: Range<usize>) -> Range<usize> {
+        self.n_out.min(groups.start * ROWS)..self.n_out.min(groups.end * ROWS)
+    }
+
     /// Bytes of all tiles: what one product reads.
     pub fn bytes(&self) -> usize {
         self.n_groups() * self.group_bytes
