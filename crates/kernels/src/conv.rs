@@ -23,8 +23,12 @@ pub fn short_conv_silu(taps: &[&[f32]], weights: &[f32], out: &mut [f32]) {
         // The width of every model so far, with the loop over taps unrolled.
         [a, b, c, d] => {
             let (weights, _) = weights.as_chunks::<4>();
-            for (ch, (out, w)) in out.iter_mut().zip(weights).enumerate() {
-                *out = silu(w[0] * a[ch] + w[1] * b[ch] + w[2] * c[ch] + w[3] * d[ch]);
+            // Slices of one length, so that no index is checked in the loop and it runs in vectors.
+            let n = out.len();
+            let (a, b, c, d, weights) = (&a[..n], &b[..n], &c[..n], &d[..n], &weights[..n]);
+            for ch in 0..n {
+                let w = weights[ch];
+                out[ch] = silu(w[0] * a[ch] + w[1] * b[ch] + w[2] * c[ch] + w[3] * d[ch]);
             }
         }
         _ => {

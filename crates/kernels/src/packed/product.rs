@@ -81,12 +81,14 @@ pub unsafe fn product(
         "groups {groups:?} of {}",
         w.n_groups()
     );
+    let mut sums = SweepSums([[[0.0; ROWS]; 2]; SWEEP]);
     let near = if n <= SWEEP { groups.len().max(1) } else { (NEAR_BYTES / w.group_bytes()).max(1) };
     for first in groups.clone().step_by(near) {
         for from in (0..n).step_by(SWEEP) {
             let columns = from..n.min(from + SWEEP);
             for group in first..groups.end.min(first + near) {
-                let mut sums = SweepSums([[[0.0; ROWS]; 2]; SWEEP]);
+                // Only what is used: zeroing all of it costs one column as much as its products.
+                sums.0[..columns.len()].fill([[0.0; ROWS]; 2]);
                 // SAFETY: by contract.
                 unsafe { sweep(kernels, w, group, x, columns.clone(), &mut sums) };
                 let row = group * ROWS;
