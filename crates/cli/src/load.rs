@@ -96,7 +96,8 @@ impl Loaded {
         check_kind(&target_file)?;
         let drafter_file = drafter_source.map(|source| source.open()).transpose()?;
         let line = progress::words("loading the target");
-        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(sizes.n_threads())?);
+        let backend = CpuBackend::new(sizes.n_threads())?.on_progress(progress::packing());
+        let backend: Arc<dyn Backend> = Arc::new(backend);
         let target = paceline_models::load(&target_file, &backend)?;
         let tokenizer = Tokenizer::from_metadata(target_file.metadata())
             .with_context(|| format!("{}: the tokenizer can't be used", target_file.name()))?;

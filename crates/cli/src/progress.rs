@@ -1,5 +1,7 @@
 //! Bars on stderr; nothing at all where stderr is no terminal.
 
+use std::sync::Mutex;
+
 use indicatif::{ProgressBar, ProgressStyle};
 
 const BYTES: &str = "{msg:24!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -12,6 +14,20 @@ pub fn bytes(total: u64) -> ProgressBar {
         bar.set_style(style);
     }
     bar
+}
+
+/// Shows how far packing is: a bar from the first report of `(done, all)` bytes to the last, for each plan anew.
+pub fn packing() -> impl Fn(usize, usize) + Send + Sync {
+    let current: Mutex<Option<ProgressBar>> = Mutex::default();
+    move |done, all| {
+        let Ok(mut current) = current.lock() else { return };
+        let bar = current.get_or_insert_with(|| bytes(all as u64).with_message("packing weights"));
+        bar.set_position(done as u64);
+        if done >= all {
+            bar.finish_and_clear();
+            *current = None;
+        }
+    }
 }
 
 /// A line that says what is going on, and goes away.
