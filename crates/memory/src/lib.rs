@@ -17,7 +17,7 @@
 //! it. Storage is asked of the device when a page is first used and returned when the last sequence lets go,
 //! so a context size is a limit, not a reservation.
 
-use std::{ops::Range, sync::Arc};
+use std::sync::Arc;
 
 use paceline_backend::{Lane, PageId, SlotId, StateDecl, States};
 
@@ -352,16 +352,4 @@ impl Memory {
             SlotId(self.n_slot - 1)
         })
     }
-}
-
-/// Rows of consecutive lanes: the ranges that follow each other from 0 with the given lengths.
-pub fn row_ranges(lens: impl IntoIterator<Item = usize>) -> Vec<Range<usize>> {
-    let mut next = 0;
-    lens.into_iter()
-        .map(|len| {
-            let rows = next..next + len;
-            next = rows.end;
-            rows
-        })
-        .collect()
 }

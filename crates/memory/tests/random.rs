@@ -7,7 +7,7 @@ use std::{
 };
 
 use paceline_backend::{Exec, Lane, StateConfig, Step, StepOut};
-use paceline_memory::{Memory, SeqId, row_ranges};
+use paceline_memory::{Memory, SeqId};
 use paceline_testkit::{HashExec, HashKind, HashModel, HashStates, Reading, Rng, Seeded, Token};
 
 /// A memory, the device behind it, and what each sequence should hold.
@@ -324,4 +324,16 @@ fn misuse_panics() {
         "commit of 4 rows with 2 certain of 3",
     );
     check_panic(|w, seq| _ = (prepared(w, seq), w.memory.fork(seq)), "inside a step");
+}
+
+/// Rows of consecutive lanes: the ranges that follow each other from 0 with the given lengths.
+fn row_ranges(lens: impl IntoIterator<Item = usize>) -> Vec<std::ops::Range<usize>> {
+    let mut next = 0;
+    lens.into_iter()
+        .map(|len| {
+            let rows = next..next + len;
+            next = rows.end;
+            rows
+        })
+        .collect()
 }
