@@ -233,6 +233,23 @@ impl SizeFlags {
     }
 }
 
+/// How long an answer may be.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct LengthFlags {
+    /// Most tokens of an answer (for a server: unless a request says otherwise); -1 is until the context is full
+    #[arg(
+        short = 'n',
+        long = "n-predict",
+        alias = "predict",
+        value_name = "N",
+        env = "LLAMA_ARG_N_PREDICT",
+        hide_env = true,
+        default_value_t = -1,
+        allow_negative_numbers = true
+    )]
+    pub n_predict: i64,
+}
+
 /// How tokens are chosen.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Sampling")]

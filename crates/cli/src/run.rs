@@ -22,7 +22,7 @@ use signal_hook::consts::SIGINT;
 use crate::{
     answer::{Answer, answer_all},
     chat::{Chat, Prompt},
-    flags::{ModelFlags, SamplingFlags, SizeFlags, TemplateFlags},
+    flags::{LengthFlags, ModelFlags, SamplingFlags, SizeFlags, TemplateFlags},
     later_flags::LaterFlags,
     load::Loaded,
     output::{self, colours, error_colours, piece, say},
@@ -52,18 +52,8 @@ pub struct RunArgs {
     /// The prompt is plain text to continue, no chat
     #[arg(long, visible_alias = "raw", aliases = ["no-cnv", "no-conversation"])]
     no_chat: bool,
-    /// Most tokens of an answer; -1 is until the context is full
-    #[arg(
-        short = 'n',
-        long = "n-predict",
-        alias = "predict",
-        value_name = "N",
-        env = "LLAMA_ARG_N_PREDICT",
-        hide_env = true,
-        default_value_t = -1,
-        allow_negative_numbers = true
-    )]
-    n_predict: i64,
+    #[command(flatten)]
+    length: LengthFlags,
     /// Goes on past the end of the answer
     #[arg(long)]
     ignore_eos: bool,
@@ -285,7 +275,7 @@ impl Session {
         let mut request = Request::new(id, prompt.tokens);
         request.sampling = self.params.clone();
         request.dry_breakers = self.breakers.clone();
-        request.n_predict = usize::try_from(self.args.n_predict).ok().map(|n| n.max(1));
+        request.n_predict = usize::try_from(self.args.length.n_predict).ok().map(|n| n.max(1));
         request.ignore_eos = self.args.ignore_eos;
         let format = match self.args.no_chat {
             true => ReasoningFormat::None,

@@ -13,7 +13,7 @@ use paceline_kernels::formats::mix::MIXES;
 use paceline_server::{EngineFactory, Reasoning, Server, ServerConfig, ServerModel};
 
 use crate::{
-    flags::{ModelFlags, SamplingFlags, SizeFlags, TemplateFlags, Thinking, switch},
+    flags::{LengthFlags, ModelFlags, SamplingFlags, SizeFlags, TemplateFlags, Thinking, switch},
     later_flags::LaterFlags,
     load::{self, Loaded},
 };
@@ -50,18 +50,8 @@ pub struct ServeArgs {
     /// GET /slots does not answer
     #[arg(long, env = "LLAMA_ARG_NO_ENDPOINT_SLOTS", hide_env = true, value_parser = switch, overrides_with = "slots")]
     no_slots: bool,
-    /// Most tokens of an answer, unless a request says otherwise; -1 is until the context is full
-    #[arg(
-        short = 'n',
-        long = "n-predict",
-        alias = "predict",
-        value_name = "N",
-        env = "LLAMA_ARG_N_PREDICT",
-        hide_env = true,
-        default_value_t = -1,
-        allow_negative_numbers = true
-    )]
-    n_predict: i64,
+    #[command(flatten)]
+    length: LengthFlags,
     #[command(flatten)]
     sizes: SizeFlags,
     #[command(flatten)]
@@ -132,7 +122,7 @@ fn config(args: &ServeArgs) -> Result<ServerConfig> {
         },
         reasoning_format: args.template.reasoning_format.unwrap_or_default(),
         chat_template_kwargs: args.template.kwargs()?,
-        n_predict: usize::try_from(args.n_predict).ok(),
+        n_predict: usize::try_from(args.length.n_predict).ok(),
         ..ServerConfig::default()
     })
 }
