@@ -1,6 +1,6 @@
-//! `paceline synth`: a model of a known size with random weights.
+//! `paceline synth`: a model of a known size with random weights; and the same for as long as a measurement takes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::Args;
@@ -25,7 +25,7 @@ pub struct SynthArgs {
 }
 
 /// The names that `--help` lists.
-fn shapes_help() -> String {
+pub fn shapes_help() -> String {
     format!("Shapes: {}", known_shapes())
 }
 
@@ -53,4 +53,46 @@ fn write(options: &SynthOptions) -> Result<paceline_convert::Report> {
     })?;
     bar.finish_and_clear();
     Ok(report)
+}
+/// A synthetic file that goes away with this, unless it was to be kept.
+#[derive(Debug)]
+pub struct SynthFile {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl SynthFile {
+    /// Writes it: to `keep`, or where the system keeps what is temporary.
+    pub fn write(shape: &str, ty: &str, keep: Option<&Path>) -> Result<SynthFile> {
+        let path = match keep {
+            Some(path) => path.to_owned(),
+            None => {
+                let name = format!("paceline-{}-{shape}-{ty}.gguf", std::process::id());
+                std::env::temp_dir().join(name.replace([':', '/', '\\'], "-"))
+            }
+        };
+        write(&SynthOptions::new(shape, ty, &path))?;
+        Ok(SynthFile { path, keep: keep.is_some() })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// To be called once the file is open: where the system lets go of names of open files, nothing is left behind whatever
+    /// ends the process.
+    pub fn forget_name(&self) {
+        if !self.keep && cfg!(unix) {
+            let _ = std::fs::remove_file(&self.path); // if not now, then in the end
+        }
+    }
+}
+
+impl Drop for SynthFile {
+    fn drop(&mut self) {
+        if !self.keep {
+            let _ = std::fs::remove_file(&self.path); // it may be gone already
+        }
+    }
 }
