@@ -168,7 +168,7 @@ impl<'a> Curve<'a> {
         };
         for i in 0..N.len() {
             // Up and down in turn, so that no size always follows the same one.
-            let i = if round % 2 == 0 { i } else { N.len() - 1 - i };
+            let i = if round.is_multiple_of(2) { i } else { N.len() - 1 - i };
             let (n, times) = &mut self.rows[i];
             keep(times, self.rig.verify(&sequences[..1], *n)?);
             if let Some((n, times)) = self.slots.get_mut(i) {

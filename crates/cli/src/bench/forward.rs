@@ -118,7 +118,7 @@ impl Rig {
 
     /// Tokens without a pattern, the same each time.
     fn tokens(&self, first: usize, n: usize) -> Vec<u32> {
-        (first..first + n).map(|i| ((i as u64 * 2_654_435_761 >> 7) % self.n_vocab as u64) as u32).collect()
+        (first..first + n).map(|i| (((i as u64 * 2_654_435_761) >> 7) % self.n_vocab as u64) as u32).collect()
     }
 }
 

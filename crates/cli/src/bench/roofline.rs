@@ -45,6 +45,7 @@ pub fn take(args: &BenchArgs, every: bool) -> Result<Roofline> {
 
 /// As a table.
 pub fn print(roofline: &Roofline) -> Result<()> {
+    type Of = fn(&Point) -> Rate;
     say(format_args!(
         "{:<44} {:>8} {:>10} {:>10}",
         format!("roofline of {} kernels", roofline.isa),
@@ -52,7 +53,7 @@ pub fn print(roofline: &Roofline) -> Result<()> {
         "best",
         "median"
     ))?;
-    let lines: [(String, &str, fn(&Point) -> Rate); 3] = [
+    let lines: [(String, &str, Of); 3] = [
         (format!("memory read, sweep over {} MiB", roofline.n_bytes >> 20), "GB/s", |point| point.read),
         (format!("8-bit integers, {}", roofline.dot), "GMAC/s", |point| point.dot),
         (format!("floats, {}", roofline.fma), "GMAC/s", |point| point.fma),
