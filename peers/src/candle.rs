@@ -106,7 +106,7 @@ fn kernel(format: &Format, table: &PackedTable, n: &[usize], n_round: usize) -> 
     let mut quantised = QuantRows::new();
     let mut out = vec![0.0; n_max * N_OUT];
     let mut rows = Vec::new();
-    let mut base = None;
+    let mut base: Option<(f64, f64)> = None;
     for &n in n {
         let (x, out) = (&x[..n * N_IN], &mut out[..n * N_OUT]);
         let tensor = Tensor::from_slice(x, (n, N_IN), &cpu)?;
@@ -131,14 +131,16 @@ fn kernel(format: &Format, table: &PackedTable, n: &[usize], n_round: usize) -> 
             }
         }
         let (ours, candle) = (our_ms.median(), candle_ms.median());
-        let (our_base, candle_base) = *base.get_or_insert((ours / n as f64, candle / n as f64));
+        if n == 1 {
+            base = Some((ours, candle));
+        }
         let gmac = (n * N_IN * N_OUT) as f64 / 1e6;
         rows.push(vec![
             json!(n),
             json!(gmac / ours),
             json!(gmac / candle),
-            json!(ours / our_base),
-            json!(candle / candle_base),
+            json!(base.map(|(base, _)| ours / base)),
+            json!(base.map(|(_, base)| candle / base)),
             json!(candle / ours),
             json!(difference(out, &theirs.flatten_all()?.to_vec1()?)),
         ]);

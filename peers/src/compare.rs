@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::{
     curve::Engines,
-    engine::{Engine, Keep, Outputs, Token},
+    engine::{Engine, Keep, Outputs, Token, fill},
     llama::argmax,
     report::{Report, columns},
 };
@@ -128,6 +128,47 @@ pub fn logits(engines: &mut Engines, tokens: &[Token], report: &mut Report) -> R
     Ok(())
 }
 
+/// Rows of the largest batch that [`invariance`] looks at.
+pub const N_BATCH_MAX: usize = 16;
+
+/// Does verifying n rows at once give what decoding them one by one gives? Also shows that rows which are taken back leave
+/// no trace: the batches follow each other behind the same context.
+pub fn invariance(engines: &mut Engines, tokens: &[Token], report: &mut Report) -> Result<()> {
+    let (past, rows) = tokens.split_at(tokens.len() - N_BATCH_MAX.min(tokens.len() - 1));
+    let mut lines = Vec::new();
+    for engine in &mut engines.all {
+        engine.reset()?;
+        fill(&mut **engine, past, N_ROW, Outputs::None)?;
+        let mut alone = Vec::new();
+        for row in rows {
+            engine.forward(&[&[*row]], Outputs::All, Keep::Rows)?;
+            alone.push(engine.logits(0).to_vec());
+        }
+        engine.reset()?;
+        fill(&mut **engine, past, N_ROW, Outputs::None)?;
+        for n in [1, 2, 3, 4, 8, N_BATCH_MAX].into_iter().filter(|&n| n <= rows.len()) {
+            engine.forward(&[&rows[..n]], Outputs::All, Keep::Nothing)?;
+            let (mut max_abs, mut n_same_top) = (0.0f32, 0);
+            for (i, alone) in alone[..n].iter().enumerate() {
+                let row = engine.logits(i);
+                max_abs = row.iter().zip(alone).map(|(a, b)| (a - b).abs()).fold(max_abs, f32::max);
+                n_same_top += usize::from(argmax(row) == argmax(alone));
+            }
+            let verdict = if max_abs == 0.0 { "equal" } else { "differ" };
+            lines.push(vec![
+                json!(engine.name()),
+                json!(n),
+                json!(verdict),
+                json!(max_abs),
+                json!(format!("{n_same_top} of {n}")),
+            ]);
+        }
+    }
+    let names = ["engine", "n", "logits", "max abs", "same top-1"];
+    report.table("n rows at once against one by one", columns(&names), lines);
+    Ok(())
+}
+
 /// Standard deviation of a row of logits: what absolute differences are to be seen against.
 fn spread(engine: &dyn Engine, row: usize) -> f64 {
     let logits = engine.logits(row);
@@ -165,4 +206,29 @@ pub fn perplexity(
     let lines = names.iter().zip(&all).map(|(name, rows)| summary(name, rows));
     report.table("perplexity", columns(&SUMMARY), lines.collect());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_rows_do_not_differ() {
+        let row = [0.5, -1.0, 3.0];
+        let difference = Difference::new(&row, &row, Some(1));
+        assert_eq!((difference.max_abs, difference.kl, difference.same_top), (0.0, 0.0, true));
+        assert_eq!(difference.nll, difference.reference_nll);
+    }
+
+    #[test]
+    fn two_tokens_by_hand() {
+        // P = (1/2, 1/2), Q = (1/4, 3/4), whatever is added to all logits.
+        let difference = Difference::new(&[7.0, 7.0], &[2.0, 2.0 + 3f32.ln()], Some(0));
+        let kl = 0.5 * 2f64.ln() + 0.5 * (2.0f64 / 3.0).ln();
+        assert!((difference.kl - kl).abs() < 1e-6, "{difference:?}");
+        assert!(
+            (difference.nll - 4f64.ln()).abs() < 1e-6 && (difference.reference_nll - 2f64.ln()).abs() < 1e-6
+        );
+        assert!(!difference.same_top && (difference.max_abs - 5.0).abs() < 1e-6);
+    }
 }

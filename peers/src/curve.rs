@@ -58,6 +58,7 @@ impl Engines {
     pub fn load(file: &Path, settings: &Settings, wanted: &[String], report: &mut Report) -> Result<Engines> {
         let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
         report.fact("file", file.display().to_string());
+        report.fact("file bytes", std::fs::metadata(file)?.len());
         report.fact("threads", settings.n_threads);
         let mut all: Vec<Box<dyn Engine>> = Vec::new();
         let target = Target::load(file, settings.n_threads)?;

@@ -11,8 +11,9 @@ use std::{
     ffi::{CStr, CString, c_char, c_void},
     path::Path,
     ptr::NonNull,
+    rc::Rc,
     slice,
-    sync::{Arc, Once},
+    sync::Once,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -96,7 +97,7 @@ pub struct Model {
 
 impl Model {
     /// Loads `path`.
-    pub fn load(path: &Path, layout: Layout) -> Result<Arc<Model>> {
+    pub fn load(path: &Path, layout: Layout) -> Result<Rc<Model>> {
         start();
         let name = CString::new(path.as_os_str().as_encoded_bytes())?;
         // SAFETY: the name is a C string that outlives the call; the parameters are the library's own but for two values.
@@ -110,7 +111,7 @@ impl Model {
             NonNull::new(ptr).with_context(|| format!("{}: llama.cpp can't load it", path.display()))?;
         // SAFETY: the model is alive.
         let n_vocab = unsafe { sys::llama_vocab_n_tokens(sys::llama_model_get_vocab(ptr.as_ptr())) } as usize;
-        Ok(Arc::new(Model { ptr, layout, n_vocab }))
+        Ok(Rc::new(Model { ptr, layout, n_vocab }))
     }
 
     /// The tokens that llama.cpp makes of `words`, with BOS where the model wants one.
@@ -135,14 +136,14 @@ impl Model {
 
 impl Drop for Model {
     fn drop(&mut self) {
-        // SAFETY: contexts hold an `Arc` of it, so none is left.
+        // SAFETY: contexts hold an `Rc` of it, so none is left.
         unsafe { sys::llama_model_free(self.ptr.as_ptr()) };
     }
 }
 
 /// A context: one model, some sequences.
 pub struct Llama {
-    model: Arc<Model>,
+    model: Rc<Model>,
     ctx: NonNull<sys::llama_context>,
     /// Rows behind each sequence.
     lens: Vec<usize>,
@@ -198,12 +199,12 @@ impl Batch {
 
 impl Llama {
     /// A context over `model`.
-    pub fn new(model: &Arc<Model>, settings: &Settings) -> Result<Llama> {
+    pub fn new(model: &Rc<Model>, settings: &Settings) -> Result<Llama> {
         Llama::with_other(model, settings, std::ptr::null_mut())
     }
 
     /// A context that borrows embedding and head from the model of `other`, if that is not null.
-    fn with_other(model: &Arc<Model>, s: &Settings, other: *mut sys::llama_context) -> Result<Llama> {
+    fn with_other(model: &Rc<Model>, s: &Settings, other: *mut sys::llama_context) -> Result<Llama> {
         // SAFETY: the model is alive, and so is `other`, which the caller keeps.
         let ctx = unsafe {
             let mut params = sys::llama_context_default_params();
@@ -429,9 +430,9 @@ impl Drop for LlamaDflash {
     }
 }
 
-/// The likeliest token.
+/// The likeliest token, the first of several.
 pub fn argmax(logits: &[f32]) -> Token {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    let best = logits.iter().enumerate().reduce(|best, next| if next.1 > best.1 { next } else { best });
     best.map_or(0, |(token, _)| token as Token)
 }
 

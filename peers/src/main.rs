@@ -79,7 +79,7 @@ enum Command {
         #[arg(long, default_value_t = 4)]
         keep: usize,
     },
-    /// Differences of logits, row by row
+    /// Differences of logits, row by row, and of batches from single rows
     Logits {
         #[command(flatten)]
         common: Common,
@@ -150,13 +150,13 @@ impl Common {
         Settings { n_threads: self.threads, n_seq, n_ctx, n_ubatch, n_tentative }
     }
 
-    fn repeat(&self) -> Repeat {
+    fn repeat(&self, report: &mut Report) -> Repeat {
+        report.fact("rounds", self.rounds);
+        report.fact("forwards in a round", self.steps);
         Repeat { n_round: self.rounds, n_step: self.steps }
     }
 
     fn load(&self, settings: &Settings, report: &mut Report) -> Result<Engines> {
-        report.fact("rounds", self.rounds);
-        report.fact("forwards in a round", self.steps);
         Engines::load(&self.file, settings, &self.engines, report)
     }
 
@@ -196,21 +196,24 @@ fn main() -> Result<ExitCode> {
             let mut report = Report::new("curve", common.json);
             let settings = common.settings(max(slots), depth + max(n) + ROOM, max(n));
             let mut engines = common.load(&settings, &mut report)?;
-            curve::curve(&mut engines, (n, slots), *depth, common.repeat(), &mut report)?;
+            let repeat = common.repeat(&mut report);
+            curve::curve(&mut engines, (n, slots), *depth, repeat, &mut report)?;
             report
         }
         Command::Prefill { common, prompt } => {
             let mut report = Report::new("prefill", common.json);
             let settings = common.settings(1, max(prompt) + ROOM, 1);
             let mut engines = common.load(&settings, &mut report)?;
-            curve::prefill(&mut engines, prompt, settings.n_ubatch, common.repeat(), &mut report)?;
+            let repeat = common.repeat(&mut report);
+            curve::prefill(&mut engines, prompt, settings.n_ubatch, repeat, &mut report)?;
             report
         }
         Command::Depth { common, depth } => {
             let mut report = Report::new("depth", common.json);
             let settings = common.settings(1, depth + ROOM, 1);
             let mut engines = common.load(&settings, &mut report)?;
-            curve::depth(&mut engines, *depth, settings.n_ubatch, common.repeat(), &mut report)?;
+            let repeat = common.repeat(&mut report);
+            curve::depth(&mut engines, *depth, settings.n_ubatch, repeat, &mut report)?;
             report
         }
         Command::Dflash { common, drafter, depth, keep } => {
@@ -218,7 +221,8 @@ fn main() -> Result<ExitCode> {
             let n_cycle = common.rounds * (common.steps + 1);
             let settings = common.settings(1, depth + n_cycle * keep + ROOM, 64);
             let pair = (&*common.file, &**drafter);
-            dflash::dflash(pair, &settings, (*depth, *keep), common.repeat(), &mut report)?;
+            let repeat = common.repeat(&mut report);
+            dflash::dflash(pair, &settings, (*depth, *keep), repeat, &mut report)?;
             report
         }
         Command::Logits { common, text, tokens } => {
@@ -235,9 +239,10 @@ fn main() -> Result<ExitCode> {
                 (tokens, _) => tokens.to_vec(),
             };
             ensure!(tokens.len() > 1, "expected two tokens at least");
-            let settings = common.settings(1, tokens.len() + ROOM, 1);
+            let settings = common.settings(1, tokens.len() + ROOM, compare::N_BATCH_MAX);
             let mut engines = common.load(&settings, &mut report)?;
             compare::logits(&mut engines, &tokens, &mut report)?;
+            compare::invariance(&mut engines, &tokens, &mut report)?;
             report
         }
         Command::Perplexity { common, text, chunks, chunk } => {

@@ -171,3 +171,24 @@ pub fn cpu_time() -> Duration {
     });
     Duration::from_nanos(nanoseconds.sum())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_and_the_least() {
+        let mut samples = Samples::default();
+        assert!(samples.median().is_nan() && samples.min().is_nan());
+        samples.extend(vec![9.0, 1.0, 5.0]);
+        assert_eq!((samples.median(), samples.min()), (5.0, 1.0));
+    }
+
+    #[test]
+    fn a_table_as_text_and_as_json() {
+        let rows = vec![vec![json!(1), json!(20.04)], vec![json!(16), Value::Null]];
+        let table = Table { name: "t".into(), columns: columns(&["n", "some ms"]), rows };
+        assert_eq!(table.to_text(), "## t\n n  some ms\n 1     20.0\n16        -");
+        assert_eq!(table.to_json()[0], json!({ "n": 1, "some ms": 20.04 }));
+    }
+}
