@@ -55,14 +55,23 @@ pub fn version() -> (String, String) {
 /// be worth nothing.
 pub fn check_build(isa: &[String]) -> Result<()> {
     let (_, system) = version();
-    for (flag, word) in [("avx2", "AVX2"), ("avx512_vnni", "AVX512_VNNI"), ("avx512_bf16", "AVX512_BF16")] {
-        ensure!(
-            !isa.iter().any(|has| has == flag) || system.contains(&format!("{word} = 1")),
+    if let Some(word) = missing(isa, &system) {
+        bail!(
             "llama.cpp was built without {word}, which this machine has: {system}\n\
              hint: build inside peers/, whose .cargo/config.toml asks for it, after `cargo clean -p llama-cpp-sys-2`"
         );
     }
     Ok(())
+}
+
+/// The first instruction set that is in `isa`, as Linux names them, and not in llama.cpp's `system` info.
+fn missing(isa: &[String], system: &str) -> Option<&'static str> {
+    const WORDS: [(&str, &str); 3] =
+        [("avx2", "AVX2"), ("avx512_vnni", "AVX512_VNNI"), ("avx512_bf16", "AVX512_BF16")];
+    let is_missing = |(flag, word): &&(&str, &str)| {
+        isa.iter().any(|has| has == flag) && !system.contains(&format!("{word} = 1"))
+    };
+    WORDS.iter().find(is_missing).map(|(_, word)| *word)
 }
 
 /// Once: devices are looked up, and only errors are logged.
@@ -446,4 +455,22 @@ unsafe extern "C" {
     fn llama_model_target_layer_ids(model: *const sys::llama_model) -> *const i32;
     #[link_name = "_Z30llama_model_target_layer_ids_nPK11llama_model"]
     fn llama_model_target_layer_ids_n(model: *const sys::llama_model) -> u32;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_without_the_instructions_of_the_machine_is_noticed() {
+        let isa = ["fma", "avx2", "avx512_vnni"].map(String::from);
+        assert_eq!(missing(&isa, "CPU : AVX2 = 1 | FMA = 1 | "), Some("AVX512_VNNI"));
+        assert_eq!(missing(&isa, "CPU : AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 1 | "), None);
+        assert_eq!(missing(&isa[..2], "CPU : AVX2 = 1 | "), None);
+    }
+
+    #[test]
+    fn the_first_of_the_likeliest() {
+        assert_eq!(argmax(&[0.0, 2.0, -1.0, 2.0]), 1);
+    }
 }
