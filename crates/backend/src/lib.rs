@@ -23,8 +23,8 @@ mod plan;
 mod schedule;
 mod step;
 
-pub use builder::{Matrix, PlanBuilder, Vector};
-pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
+pub use builder::{Experts, Matrix, PlanBuilder, Routes, Vector};
+pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SlotId, Step, StepOut};
 
