@@ -34,7 +34,7 @@ fn directories_that_are_no_models() {
         edited("qwen3").set("architectures", json!(["MambaForCausalLM"])),
         &[
             "`architectures`: `MambaForCausalLM` can't be converted; supported: Qwen3_5ForCausalLM, ",
-            "Qwen3ForCausalLM, LlamaForCausalLM, DFlashDraftModel",
+            "Qwen3ForCausalLM, Qwen3MoeForCausalLM, LlamaForCausalLM, DFlashDraftModel",
         ],
     );
     check(edited("qwen3").set("architectures", Value::Null), &["a checkpoint that names none"]);

@@ -157,6 +157,11 @@ fn qwen3() {
 }
 
 #[test]
+fn qwen3moe() {
+    check("qwen3moe", 5e-4);
+}
+
+#[test]
 fn llama() {
     check("llama", 2e-3);
 }
