@@ -56,12 +56,13 @@ pub struct PlanBuilder<'a> {
     bufs: Vec<BufDecl>,
     tap_layers: &'a [usize],
     taps: Option<Buf>,
+    n_tap: usize,
 }
 
 impl<'a> PlanBuilder<'a> {
     /// A recorder that keeps the hidden states after the layers of `tap_layers`, in that order.
     pub fn new(tap_layers: &'a [usize]) -> Self {
-        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), tap_layers, taps: None }
+        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), tap_layers, taps: None, n_tap: 0 }
     }
 
     /// The finished plan; `output` is what [`StepOut::output`](crate::StepOut) will hold.
@@ -69,8 +70,12 @@ impl<'a> PlanBuilder<'a> {
     /// Panics if a tap layer was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
     /// computing what nobody wants is a slip in the model's code.
     pub fn finish(self, output: Option<Buf>) -> Plan {
-        let placed = self.ops.iter().filter(|op| matches!(op, Op::Place { .. })).count();
-        assert_eq!(placed, self.tap_layers.len(), "tap layers {:?} were not all reached", self.tap_layers);
+        assert_eq!(
+            self.n_tap,
+            self.tap_layers.len(),
+            "tap layers {:?} were not all reached",
+            self.tap_layers
+        );
         let plan = Plan::new(self.ops, self.bufs, output, self.taps);
         if let Some(op) = plan.unread() {
             panic!("nothing reads the result of {op:?} in\n{plan}");
@@ -327,6 +332,21 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
+    /// The parts side by side.
+    pub fn concat(&mut self, parts: &[Buf]) -> Buf {
+        let rows = self.decl(parts[0]).rows;
+        let width = parts.iter().map(|part| self.width(*part)).sum();
+        let dst = self.buf(width, rows);
+        let mut column = 0;
+        for &src in parts {
+            let part = self.decl(src);
+            assert!(part.rows == rows, "concat: {:?} rows beside {rows:?} rows", part.rows);
+            self.ops.push(Op::Place { src, dst, column });
+            column += part.width;
+        }
+        dst
+    }
+
     /// Offers the hidden state after layer `il`; kept only if somebody asked for it.
     pub fn tap(&mut self, il: usize, x: Buf) {
         self.all_rows("tap", x);
@@ -338,6 +358,7 @@ impl<'a> PlanBuilder<'a> {
             };
             self.taps = Some(dst);
             self.ops.push(Op::Place { src: x, dst, column: i * width });
+            self.n_tap += 1;
         }
     }
 
@@ -470,6 +491,7 @@ mod tests {
             "weighted_sum: 4 values of Batch rows in 3 slots of Batch",
         );
         check(|p, [six, ..]| _ = p.columns(six, 4, 0, 2), "columns: 0+2 of 4 in 6");
+        check(|p, [_, four, out]| _ = p.concat(&[four, out]), "concat: Output rows beside Batch rows");
         check(|p, [_, _, out]| p.tap(0, out), "tap: Output rows");
         check(|p, [_, _, out]| _ = p.select_outputs(out), "select_outputs: Output rows");
     }

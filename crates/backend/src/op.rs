@@ -281,7 +281,7 @@ pub enum Op {
         /// Values taken of each group.
         len: usize,
     },
-    /// Copies `src` into columns of `dst` from `column` on: how taps are gathered.
+    /// Copies `src` into columns of `dst` from `column` on: how taps are gathered, and parts joined.
     Place {
         /// Input.
         src: Buf,

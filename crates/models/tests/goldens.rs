@@ -157,6 +157,16 @@ fn qwen3() {
 }
 
 #[test]
+fn qwen35moe() {
+    check("qwen35moe", 5e-4);
+}
+
+#[test]
+fn qwen3next() {
+    check("qwen3next", 5e-4);
+}
+
+#[test]
 fn qwen3moe() {
     check("qwen3moe", 5e-4);
 }

@@ -299,6 +299,14 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
     );
     run(
         random,
+        case("concat", 77, vec![], tolerance, &|p, _| {
+            let x = p.input(77);
+            let [a, b] = [(0, 3), (5, 2)].map(|(first, len)| p.columns(x, 7, first, len));
+            p.concat(&[a, b, a])
+        }),
+    );
+    run(
+        random,
         Case {
             some_outputs: true,
             ..case("select_outputs", 77, vec![], tolerance, &|p, _| {
