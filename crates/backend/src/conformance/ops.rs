@@ -156,8 +156,7 @@ fn expert_matmul(p: &mut PlanBuilder<'_>, w: &Weights, n_expert: usize, n_used: 
     let row = p.input(width);
     let (logits, x) = (p.columns(row, width, 0, n_expert), p.columns(row, width, n_expert, n_x));
     let routes = p.router(logits, router(n_used));
-    let y = p.expert_matmul(x, routes, &experts);
-    y
+    p.expert_matmul(x, routes, &experts)
 }
 
 fn router(n_used: usize) -> RouterSpec {
