@@ -55,7 +55,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use matrix::{PackError, PackedMatrix, pack};
+pub use matrix::{PackError, PackedMatrix, pack, pack_slabs};
 pub use rows::{ActBlock, Grain, QuantRows, RowWriter};
 pub use table::PackedTable;
 

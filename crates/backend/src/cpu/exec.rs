@@ -10,6 +10,7 @@ use paceline_kernels::{
 use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
+    moe::Groups,
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
     states::{CpuStates, PageData},
@@ -43,6 +44,8 @@ pub(super) struct CpuExec {
     /// What the stores hold, and the stores.
     shapes: Vec<Store>,
     stores: Vec<QuantRows>,
+    /// What each router of the plan chose.
+    groups: Vec<Groups>,
     share_from: Nanos,
     /// Lane of each row of the step.
     lane_of_row: Vec<u32>,
@@ -57,6 +60,8 @@ struct Wave {
     tasks: Range<usize>,
     /// Stores that they fill, all different, in the order of the tasks.
     fills: Vec<usize>,
+    /// Choices of routers to group before they start.
+    groups: Vec<usize>,
 }
 
 /// A piece of a wave that falls into tiles.
@@ -116,6 +121,7 @@ pub(super) struct Cx<'a> {
     pub lane_of_row: &'a [u32],
     arenas: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
+    groups: SharedMut<'a, Groups>,
 }
 
 impl Cx<'_> {
@@ -178,14 +184,24 @@ impl Cx<'_> {
         unsafe { &self.stores.get(store..store + 1)[0] }
     }
 
-    /// Row `row` of `buf` into stores.
+    /// What a router chose.
+    pub fn groups(&self, router: usize) -> &Groups {
+        // SAFETY: written between waves, when nobody reads (`CpuExec::run`).
+        unsafe { &self.groups.get(router..router + 1)[0] }
+    }
+
+    /// Row `row` of `buf` into stores, in parts where a store's rows are narrower.
     ///
     /// # Safety
     /// Nothing else may write this row of these stores, or `buf`'s, at the same time.
     pub unsafe fn quantize(&self, writers: &[RowWriter<'_>], buf: Buf, row: usize) {
         for writer in writers {
-            // SAFETY: handed on to the caller.
-            unsafe { writer.quantize(self.packed, row, self.row(buf, row)) };
+            let parts = self.row(buf, row).chunks_exact(writer.n_in());
+            let first = row * parts.len();
+            for (part, x) in parts.enumerate() {
+                // SAFETY: handed on to the caller.
+                unsafe { writer.quantize(self.packed, first + part, x) };
+            }
         }
     }
 }
@@ -200,18 +216,23 @@ impl CpuExec {
         weight: impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuExec {
         let schedule = schedule(&plan, |i| match plan.ops[i] {
-            Op::MatMul { weight: id, .. } if packs => weight(id).packed().map(|matrix| matrix.grain()),
+            Op::MatMul { weight: id, .. } | Op::ExpertMatMul { weight: id, .. } if packs => {
+                weight(id).packed().map(|matrix| matrix.grain())
+            }
             _ => None,
         });
         let (mut tasks, mut waves) = (Vec::new(), Vec::new());
+        let mut groups: Vec<Groups> = Vec::new();
         for items in schedule.waves {
             let first = tasks.len();
             let (mut fills, mut reads) = (Vec::new(), Vec::new());
+            let n_grouped = groups.len();
             for item in items {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
-                        Kind::Op(CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight))
+                        let op = CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight);
+                        Kind::Op(op.with_groups(&mut groups))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
                 };
@@ -221,7 +242,8 @@ impl CpuExec {
             }
             let alone = |i: usize| !fills[..i].contains(&fills[i]) && !reads.contains(&fills[i]);
             assert!((0..fills.len()).all(alone), "a wave fills stores {fills:?} and reads {reads:?}");
-            waves.push(Wave { tasks: first..tasks.len(), fills });
+            let groups = (n_grouped..groups.len()).collect();
+            waves.push(Wave { tasks: first..tasks.len(), fills, groups });
         }
         CpuExec {
             plan,
@@ -233,6 +255,7 @@ impl CpuExec {
             arenas: [Vec::new(), Vec::new()],
             stores: schedule.stores.iter().map(|_| QuantRows::new()).collect(),
             shapes: schedule.stores,
+            groups,
             share_from: SHARE_FROM,
             lane_of_row: Vec::new(),
             ends: Vec::new(),
@@ -263,7 +286,7 @@ impl Exec for CpuExec {
         }
         for (store, shape) in self.stores.iter_mut().zip(&self.shapes) {
             let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
-            store.reset(shape.grain, n, shape.width);
+            store.reset(shape.grain, n * shape.parts, shape.width);
         }
         let mut inner = self.states.lock();
         let inner = &mut *inner;
@@ -293,11 +316,17 @@ impl Exec for CpuExec {
             lane_of_row: &self.lane_of_row,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             stores: SharedMut::new(&mut self.stores),
+            groups: SharedMut::new(&mut self.groups),
         };
         let n_threads = self.team.n_threads();
         let mut writers: Vec<RowWriter<'_>> = std::mem::take(&mut self.writers);
         for wave in &self.waves {
             let tasks = &self.tasks[wave.tasks.clone()];
+            for &router in &wave.groups {
+                // SAFETY: the wave before is over, and only later ones read what this router chose.
+                let groups = unsafe { &mut cx.groups.range(router..router + 1)[0] };
+                groups.group(cx.all(groups.ids));
+            }
             writers.extend(wave.fills.iter().map(|&store| {
                 // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
                 unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
@@ -334,5 +363,6 @@ impl Exec for CpuExec {
         };
         out.output_width = copy(plan.output, &mut out.output);
         out.taps_width = copy(plan.taps, &mut out.taps);
+        out.n_experts_read = (0..cx.groups.len()).map(|router| cx.groups(router).n_chosen()).sum();
     }
 }

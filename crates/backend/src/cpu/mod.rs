@@ -2,6 +2,7 @@
 //! mapped, states live in vectors that grow with use, and a thread team works through the waves of a plan.
 
 mod exec;
+mod moe;
 mod ops;
 mod quant;
 mod states;
@@ -104,11 +105,14 @@ impl CpuBackend {
         let _alone = self.packing.lock().unwrap_or_else(|e| e.into_inner());
         let mut seen = HashSet::new();
         let read = plan.ops.iter().filter_map(|op| match op {
-            Op::MatMul { weight, .. } if seen.insert(*weight) => Some(self.weight(*weight)),
+            Op::MatMul { weight, .. } if seen.insert(*weight) => Some((self.weight(*weight), 1)),
+            Op::ExpertMatMul { weight, n_expert, .. } if seen.insert(*weight) => {
+                Some((self.weight(*weight), *n_expert))
+            }
             _ => None,
         });
-        let todo: Vec<Arc<Weight>> = read.filter(|weight| weight.wants_packing()).collect();
-        let all = todo.iter().map(|weight| weight.file_bytes()).sum();
+        let todo: Vec<(Arc<Weight>, usize)> = read.filter(|(weight, _)| weight.wants_packing()).collect();
+        let all = todo.iter().map(|(weight, _)| weight.file_bytes()).sum();
         let done = AtomicUsize::new(0);
         let progress = |bytes: usize| {
             let before = done.fetch_add(bytes, Ordering::Relaxed);
@@ -116,7 +120,7 @@ impl CpuBackend {
                 report(before + bytes, all);
             }
         };
-        todo.iter().try_for_each(|weight| weight.pack(&self.team, &progress))
+        todo.iter().try_for_each(|(weight, n_expert)| weight.pack(*n_expert, &self.team, &progress))
     }
 }
 

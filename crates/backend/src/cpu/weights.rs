@@ -69,12 +69,13 @@ impl Weight {
         packed::grain(self.format.ty).is_some() && self.packed.get().is_none()
     }
 
-    /// Packs the matrix and gives the file's pages back to the system; who reads rows finds them again. `progress` is
+    /// Packs the matrix, or the `n_expert` matrices that it is made of, and gives the file's pages back to the system; who reads rows finds them again. `progress` is
     /// told how many bytes were read, by several threads. Not to be called by two threads at once.
-    pub fn pack(&self, team: &Team, progress: &(dyn Fn(usize) + Sync)) -> Result<(), Error> {
+    pub fn pack(&self, n_expert: usize, team: &Team, progress: &(dyn Fn(usize) + Sync)) -> Result<(), Error> {
         let tensor = self.tensor();
         let data = self.file.data(tensor);
-        let packed = packed::pack(self.format.ty, data, self.n_in, self.n_rows, team, progress);
+        let dims = [self.n_in, self.n_rows / n_expert, n_expert];
+        let packed = packed::pack_slabs(self.format.ty, data, dims, team, progress);
         let packed = packed.map_err(|error| Error::OutOfMemory {
             what: format!("{}: packing tensor `{}`", self.file.name(), tensor.name),
             bytes: error.bytes,

@@ -55,17 +55,33 @@ pub fn pack(
     team: &Team,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Option<PackedMatrix>, PackError> {
+    pack_slabs(ty, bytes, [n_in, n_out, 1], team, progress)
+}
+
+/// [`pack`] of `n_slab` matrices `[n_out, n_in]` that lie one behind the other, as the experts of a mixture do: `dims` is
+/// `[n_in, n_out, n_slab]`. They become one matrix in one mapping (huge pages are granted to large ones only), and each
+/// begins with a group: slab `s` has the groups from `s · n_out.div_ceil(32)` on. Rows of zeros fill up its last group.
+///
+/// # Panics
+/// As [`pack`].
+pub fn pack_slabs(
+    ty: GgmlType,
+    bytes: &[u8],
+    [n_in, n_out, n_slab]: [usize; 3],
+    team: &Team,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<Option<PackedMatrix>, PackError> {
     let Some(format) = format(ty) else { return Ok(None) };
     assert!(n_in > 0 && n_in.is_multiple_of(ty.block_len()), "a row of {n_in} in {} blocks", ty.name());
     let row_bytes = n_in / ty.block_len() * ty.block_bytes();
-    assert_eq!(bytes.len(), n_out * row_bytes, "bytes of {} weights [{n_out}, {n_in}]", ty.name());
+    let n_rows = n_out * n_slab;
+    assert_eq!(bytes.len(), n_rows * row_bytes, "bytes of {} weights [{n_rows}, {n_in}]", ty.name());
 
-    let mut packed = PackedMatrix::zeroed(format, n_in, n_out).map_err(|(bytes, source)| PackError {
-        n_out,
-        n_in,
-        bytes,
-        source,
-    })?;
+    let slab_groups = n_out.div_ceil(ROWS);
+    // The last slab's last group stays short, as that of a single matrix does.
+    let n_out_padded = (n_slab - 1) * slab_groups * ROWS + n_out;
+    let mut packed = PackedMatrix::zeroed(format, n_in, n_out_padded)
+        .map_err(|(bytes, source)| PackError { n_out: n_rows, n_in, bytes, source })?;
     let (tile_bytes, group_bytes) = (packed.tile_bytes, packed.group_bytes);
     let tile_len = format.grain.block_len();
     let tile_source_bytes = tile_len / ty.block_len() * ty.block_bytes();
@@ -74,7 +90,8 @@ pub fn pack(
     team.for_each(n_groups, &|group| {
         // SAFETY: each group is visited once, and groups do not overlap.
         let tiles = unsafe { memory.range(start + group * group_bytes..start + (group + 1) * group_bytes) };
-        let rows = group * ROWS..n_out.min((group + 1) * ROWS);
+        let (slab, first) = (group / slab_groups, group % slab_groups * ROWS);
+        let rows = slab * n_out + first..slab * n_out + n_out.min(first + ROWS);
         for (row, r) in rows.clone().enumerate() {
             let source = &bytes[r * row_bytes..(r + 1) * row_bytes];
             let sources = source.chunks(tile_source_bytes);
