@@ -172,6 +172,21 @@ fn qwen3moe() {
 }
 
 #[test]
+fn gemma4() {
+    check("gemma4", 5e-4);
+}
+
+#[test]
+fn gemma4_with_embeddings_per_layer_and_shared_kv() {
+    check("gemma4-e", 5e-4);
+}
+
+#[test]
+fn gemma4_with_experts() {
+    check("gemma4-moe", 5e-4);
+}
+
+#[test]
 fn llama() {
     check("llama", 2e-3);
 }

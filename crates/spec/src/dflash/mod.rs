@@ -61,6 +61,7 @@ struct Network {
     tok_embd: Matrix,
     embd_scale: f32,
     output: Matrix,
+    logit_cap: Option<f32>,
     eps: f32,
 }
 
@@ -109,7 +110,9 @@ impl Network {
             tok_embd: w
                 .matrix_opt("token_embd.weight", [n_embd, target.tok_embd.n_out], "n_embd, n_vocab")?
                 .unwrap_or(target.tok_embd),
+            // The target's scale and cap, as its own forward has them, and each once.
             embd_scale: target.embd_scale,
+            logit_cap: target.logit_cap,
             output: embd("output.weight")?.unwrap_or(target.output),
             eps: hp.eps,
         })
@@ -142,6 +145,7 @@ impl Network {
         let x = p.select_outputs(x);
         let x = p.rms_norm(x, &self.output_norm, self.eps);
         let logits = p.matmul(x, &self.output);
+        let logits = self.logit_cap.map_or(logits, |cap| p.softcap(logits, cap));
         p.finish(Some(logits))
     }
 }
