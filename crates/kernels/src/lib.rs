@@ -11,7 +11,8 @@
 //!
 //! Reading order: [`table`] picks the instruction set and [`scalar`] defines its kernels;
 //! [`formats`] are what [`matmul`] reads its weights from; [`attention`] over the cells of [`kv`],
-//! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between;
+//! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between, and
+//! [`row_ops`] compiles them for each instruction set;
 //! [`team`] and [`shared`] spread all of it over threads.
 
 pub mod act;
@@ -28,6 +29,7 @@ pub mod matmul;
 pub mod norm;
 pub mod packed;
 pub mod rope;
+pub mod row_ops;
 pub mod scalar;
 pub mod shared;
 #[cfg(target_arch = "x86_64")]

@@ -55,7 +55,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use matrix::{PackError, PackedMatrix, pack};
+pub use matrix::{PackError, PackedMatrix, TileMemory, pack, pack_into, packed_bytes};
 pub use rows::{ActBlock, Grain, QuantRows, RowWriter};
 pub use table::PackedTable;
 

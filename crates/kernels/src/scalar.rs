@@ -9,6 +9,7 @@ use half::f16;
 /// The table of the scalar kernels, which every machine can run.
 pub const TABLE: KernelTable = KernelTable {
     isa: "scalar",
+    rows: crate::row_ops::PLAIN,
     dot,
     dot_f16,
     axpy,

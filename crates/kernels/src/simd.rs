@@ -340,6 +340,7 @@ macro_rules! kernel_table {
         pub fn table() -> Option<KernelTable> {
             $detected.then_some(KernelTable {
                 isa: $isa,
+                rows: ROW_OPS,
                 dot,
                 dot_f16,
                 axpy,
@@ -350,6 +351,8 @@ macro_rules! kernel_table {
                 delta_advance,
             })
         }
+
+        crate::row_ops::row_ops!($features);
 
         kernel_table!(@kernel $features, dot(a: &[f32], b: &[f32]) -> f32,
             assert_eq!(a.len(), b.len()), simd::dot::<$vector, f32>(a, b));

@@ -6,6 +6,7 @@
 //! tests run on each, and a bug report can say whether `scalar` agrees.
 
 use crate::delta::DeltaToken;
+use crate::row_ops::RowOps;
 use half::f16;
 use std::sync::OnceLock;
 
@@ -30,6 +31,8 @@ const KNOWN: &[fn() -> Option<KernelTable>] = &[
 pub struct KernelTable {
     /// The name that `PACELINE_ISA` takes.
     pub isa: &'static str,
+    /// What is plain Rust, compiled for this instruction set; the same bits in every table.
+    pub rows: RowOps,
     /// `Σ a[i]·b[i]`; equal lengths.
     pub dot: fn(a: &[f32], b: &[f32]) -> f32,
     /// `Σ a[i]·b[i]` with half-precision `b`, widened before the product; equal lengths.

@@ -12,6 +12,7 @@ use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
 use super::{
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
+    ropes::Ropes,
     states::{CpuStates, PageData},
     weights::Weight,
 };
@@ -44,6 +45,7 @@ pub(super) struct CpuExec {
     shapes: Vec<Store>,
     stores: Vec<QuantRows>,
     share_from: Nanos,
+    ropes: Ropes,
     /// Lane of each row of the step.
     lane_of_row: Vec<u32>,
     /// For each task of a wave, the number of tiles up to its end.
@@ -114,6 +116,7 @@ pub(super) struct Cx<'a> {
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
     pub lane_of_row: &'a [u32],
+    pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
 }
@@ -203,7 +206,7 @@ impl CpuExec {
             Op::MatMul { weight: id, .. } if packs => weight(id).packed().map(|matrix| matrix.grain()),
             _ => None,
         });
-        let (mut tasks, mut waves) = (Vec::new(), Vec::new());
+        let (mut tasks, mut waves, mut ropes) = (Vec::new(), Vec::new(), Ropes::default());
         for items in schedule.waves {
             let first = tasks.len();
             let (mut fills, mut reads) = (Vec::new(), Vec::new());
@@ -211,7 +214,14 @@ impl CpuExec {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
-                        Kind::Op(CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight))
+                        Kind::Op(CpuOp::new(
+                            &plan.ops[i],
+                            schedule.reads[i],
+                            &plan,
+                            &states,
+                            &mut ropes,
+                            &weight,
+                        ))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
                 };
@@ -234,6 +244,7 @@ impl CpuExec {
             stores: schedule.stores.iter().map(|_| QuantRows::new()).collect(),
             shapes: schedule.stores,
             share_from: SHARE_FROM,
+            ropes,
             lane_of_row: Vec::new(),
             ends: Vec::new(),
             writers: Vec::new(),
@@ -265,6 +276,7 @@ impl Exec for CpuExec {
             let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
             store.reset(shape.grain, n, shape.width);
         }
+        self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
         let inner = &mut *inner;
         self.lane_of_row.resize(step.n_rows(), 0);
@@ -291,6 +303,7 @@ impl Exec for CpuExec {
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
             lane_of_row: &self.lane_of_row,
+            ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             stores: SharedMut::new(&mut self.stores),
         };

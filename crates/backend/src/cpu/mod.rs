@@ -4,6 +4,7 @@
 mod exec;
 mod ops;
 mod quant;
+mod ropes;
 mod states;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,10 @@ use std::{
     },
 };
 
-use paceline_kernels::{KernelTable, Team, packed::PackedTable};
+use paceline_kernels::{
+    KernelTable, Team,
+    packed::{PackedTable, TileMemory},
+};
 
 use crate::{Backend, Error, Exec, Op, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
 
@@ -102,8 +106,14 @@ impl CpuBackend {
             Op::MatMul { weight, .. } if seen.insert(*weight) => Some(self.weight(*weight)),
             _ => None,
         });
-        let todo: Vec<Arc<Weight>> = read.filter(|weight| weight.wants_packing()).collect();
-        let all = todo.iter().map(|weight| weight.file_bytes()).sum();
+        let todo: Vec<(Arc<Weight>, usize)> =
+            read.filter_map(|weight| weight.to_pack().map(|bytes| (weight, bytes))).collect();
+        let bytes = || todo.iter().map(|(_, bytes)| *bytes);
+        let mut memory = TileMemory::reserve(bytes()).map_err(|_| Error::OutOfMemory {
+            what: format!("packing {} matrices ({PACK_VARIABLE}=0 leaves them in the file)", todo.len()),
+            bytes: bytes().sum(),
+        })?;
+        let all = todo.iter().map(|(weight, _)| weight.file_bytes()).sum();
         let done = AtomicUsize::new(0);
         let progress = |bytes: usize| {
             let before = done.fetch_add(bytes, Ordering::Relaxed);
@@ -111,7 +121,8 @@ impl CpuBackend {
                 report(before + bytes, all);
             }
         };
-        todo.iter().try_for_each(|weight| weight.pack(&self.team, &progress))
+        todo.iter().for_each(|(weight, _)| weight.pack(&mut memory, &self.team, &progress));
+        Ok(())
     }
 }
 

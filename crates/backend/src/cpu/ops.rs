@@ -13,18 +13,16 @@ use std::{
 use paceline_kernels::{
     act,
     attention::{Query, RunningSoftmax},
-    conv::short_conv_silu,
     delta::{DeltaToken, delta_step},
     kv::{KvRows, write_row},
-    norm,
     packed::{PackedMatrix, QuantRows, RowWriter},
-    rope::{self, RopeTable},
 };
 
-use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, RopeSpec, StateDecl, States, WeightId};
+use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, StateDecl, States, WeightId};
 
 use super::{
     exec::{Cx, Nanos},
+    ropes::Ropes,
     states::{CpuStates, DeltaWindow, SlotLayout, shift_in},
     weights::Weight,
 };
@@ -51,7 +49,6 @@ struct Scratch {
     weights: Vec<f32>,
     out: Vec<f32>,
     state: Vec<f32>,
-    turns: Vec<rope::Turn>,
     tail: Vec<f32>,
 }
 
@@ -71,7 +68,8 @@ pub(super) struct CpuOp {
     store: Option<usize>,
     /// A bias, a norm's weight, the sinks, or the second of two small weights.
     small: Option<Arc<Weight>>,
-    rope: Option<RopeTable>,
+    /// Among the plan's.
+    rope: Option<usize>,
     kv: Option<KvPlace>,
     slot: Option<(SlotLayout, StateDecl)>,
 }
@@ -83,6 +81,7 @@ impl CpuOp {
         store: Option<usize>,
         plan: &Plan,
         states: &CpuStates,
+        ropes: &mut Ropes,
         weight: &impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuOp {
         let mut this =
@@ -112,10 +111,9 @@ impl CpuOp {
             Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
                 this.weight = Some(weight(*id))
             }
-            Op::Rope { rope: RopeSpec { n_rot, base, factors, .. }, .. } => {
-                let factors = factors.map(weight);
-                let factors = factors.as_ref().map(|f| f.floats());
-                this.rope = Some(RopeTable::new(*n_rot, f64::from(*base), factors));
+            Op::Rope { rope, .. } => {
+                let factors = rope.factors.map(weight);
+                this.rope = Some(ropes.add(rope, factors.as_ref().map(|f| f.floats())));
             }
             Op::KvAppend { state, k, .. } => {
                 let place = kv(*state);
@@ -206,8 +204,6 @@ impl CpuOp {
             Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
             Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
             Op::DeltaGates { decay, .. } => 20 * values(*decay),
-            // A sine and a cosine for every pair, once for all heads.
-            Op::Rope { dst, rope, .. } => cx.n_rows(*dst) * rope.n_rot * 10 + values(*dst) / 2,
             Op::KvAppend { k, .. } => values(*k),
             op => values(row_wise_dst(op)) / 2,
         }
@@ -283,7 +279,7 @@ impl CpuOp {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
                 for (x, out) in cx.row(*src, row).chunks_exact(*group).zip(out.chunks_exact_mut(*group)) {
-                    norm::rms_norm(x, w, *eps, out);
+                    (cx.table.rows.rms_norm)(x, w, *eps, out);
                 }
             }
             Op::GatedRmsNorm { src, gate, dst, eps, group, .. } => {
@@ -293,21 +289,18 @@ impl CpuOp {
                 let groups =
                     cx.row(*src, row).chunks_exact(*group).zip(cx.row(*gate, row).chunks_exact(*group));
                 for ((x, z), out) in groups.zip(out.chunks_exact_mut(*group)) {
-                    norm::gated_rms_norm(x, w, z, *eps, out);
+                    (cx.table.rows.gated_rms_norm)(x, w, z, *eps, out);
                 }
             }
             Op::Rope { src, dst, head_dim, rope: spec } => {
-                let Some(table) = &self.rope else { unreachable!("set when the op was compiled") };
+                let Some(rope) = self.rope else { unreachable!("set when the op was compiled") };
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
                 out.copy_from_slice(cx.row(*src, row));
-                SCRATCH.with_borrow_mut(|scratch| {
-                    scratch.turns.resize(spec.n_rot / 2, [0.0; 2]);
-                    table.turns(cx.step.positions[row], &mut scratch.turns);
-                    for head in out.chunks_exact_mut(*head_dim) {
-                        rope::rotate(head, &scratch.turns, spec.pairing);
-                    }
-                });
+                let turns = cx.ropes.turns(rope, row);
+                for head in out.chunks_exact_mut(*head_dim) {
+                    (cx.table.rows.rotate)(head, turns, spec.pairing);
+                }
             }
             Op::DeltaGates { alpha, b, decay, beta, .. } => {
                 let (dt_bias, a) =
@@ -322,18 +315,18 @@ impl CpuOp {
             }
             Op::SiluMul { gate, up, dst } => {
                 // SAFETY: see above.
-                act::silu_mul(cx.row(*gate, row), cx.row(*up, row), unsafe { cx.row_mut(*dst, row) });
+                let out = unsafe { cx.row_mut(*dst, row) };
+                (cx.table.rows.silu_mul)(cx.row(*gate, row), cx.row(*up, row), out);
             }
             Op::SigmoidMul { src, gate, dst } => {
                 // SAFETY: see above.
-                act::sigmoid_mul(cx.row(*gate, row), cx.row(*src, row), unsafe { cx.row_mut(*dst, row) });
+                let out = unsafe { cx.row_mut(*dst, row) };
+                (cx.table.rows.sigmoid_mul)(cx.row(*gate, row), cx.row(*src, row), out);
             }
             Op::Add { a, b, dst } => {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
-                for ((out, a), b) in out.iter_mut().zip(cx.row(*a, row)).zip(cx.row(*b, row)) {
-                    *out = a + b;
-                }
+                (cx.table.rows.add)(cx.row(*a, row), cx.row(*b, row), out);
             }
             Op::Columns { src, dst, group, offset, len } => {
                 // SAFETY: see above.
@@ -495,7 +488,7 @@ impl CpuOp {
                 }
                 // SAFETY: this tile alone writes these channels of the lane's rows.
                 let out = unsafe { cx.part_mut(dst, lane.rows.start + i, columns.clone()) };
-                short_conv_silu(taps, weights, out);
+                (cx.table.rows.short_conv_silu)(taps, weights, out);
             }
             for (i, row) in (lane.n_certain..lane.rows.len()).enumerate() {
                 let start = layout.row(slot, i).start;
@@ -535,10 +528,10 @@ impl CpuOp {
             for (i, row) in lane.rows.clone().enumerate() {
                 let inputs = cx.row(qkv, row);
                 let keys = n_head_k * dim_k;
-                norm::l2_norm(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
+                (cx.table.rows.l2_norm)(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
                 let scale = 1.0 / (dim_k as f32).sqrt();
                 q.iter_mut().for_each(|q| *q *= scale);
-                norm::l2_norm(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
+                (cx.table.rows.l2_norm)(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
                 let v = &inputs[2 * keys + head * dim_v..2 * keys + (head + 1) * dim_v];
                 let (g, beta) = (cx.row(decay, row)[head], cx.row(beta, row)[head]);
                 let token = DeltaToken::new(k, v, g, beta);

@@ -22,7 +22,20 @@ pub fn table() -> Option<PackedTable> {
 /// Kernels for one to six columns: twelve integer sums and twelve of floats leave eight registers. With eight columns some of
 /// them live in memory, and two passes of four are faster.
 pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-    &[tile::<F, 1, 2>, tile::<F, 2, 2>, tile::<F, 3, 2>, tile::<F, 4, 2>, tile::<F, 5, 2>, tile::<F, 6, 2>]
+    &[
+        tile::<F, 1, 1>,
+        tile::<F, 2, 1>,
+        tile::<F, 3, 1>,
+        tile::<F, 4, 1>,
+        tile::<F, 5, 1>,
+        tile::<F, 6, 1>,
+        tile::<F, 7, 1>,
+        tile::<F, 8, 1>,
+        tile::<F, 9, 1>,
+        tile::<F, 10, 1>,
+        tile::<F, 11, 1>,
+        tile::<F, 12, 1>,
+    ]
 }
 
 /// The same for formats of floats, which have four sums in registers for each column.
@@ -34,6 +47,12 @@ pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
         float_tile::<F, 4>,
         float_tile::<F, 5>,
         float_tile::<F, 6>,
+        float_tile::<F, 7>,
+        float_tile::<F, 8>,
+        float_tile::<F, 9>,
+        float_tile::<F, 10>,
+        float_tile::<F, 11>,
+        float_tile::<F, 12>,
     ]
 }
 
@@ -46,7 +65,7 @@ unsafe fn tile<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn float_tile<F: FloatFormat, const NC: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::float_tile::<I32x16, F, NC, 2>(call) }
+    unsafe { isa::float_tile::<I32x16, F, NC, 1>(call) }
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {
@@ -202,6 +221,6 @@ impl Isa for I32x16 {
     #[inline(always)]
     fn prefetch(at: *const u8) {
         // SAFETY: a hint, without effect on memory and without faults whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }

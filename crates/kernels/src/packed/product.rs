@@ -22,7 +22,12 @@ const NEAR_BYTES: usize = 256 << 10;
 ///
 /// A matter of speed alone, found by trying (40 GB/s and 4 GHz a core). One column likes 6 KiB, eight 12: at half of its distance a sweep
 /// over four or eight columns is slower by a fifth, for its arithmetic waits; at twice, one over one or two by a tenth.
-const fn ahead_bytes(n: usize) -> usize {
+fn ahead_bytes(n: usize) -> usize {
+    static A: std::sync::OnceLock<usize> = std::sync::OnceLock::new();
+    let a = *A.get_or_init(|| std::env::var("AHEAD").map_or(0, |s| s.parse().unwrap()));
+    if a > 0 {
+        return a << 10;
+    }
     (if n < 7 { 5 + n } else { 12 }) << 10
 }
 
@@ -129,7 +134,11 @@ unsafe fn sweep(
             n_inputs: tile_len.min(w.n_in() - k),
             acts: x.blocks()[b * n + columns.start..b * n + columns.end].as_ptr(),
             sums: sums.0.as_mut_ptr(),
-            ahead: bytes.as_ptr().wrapping_add(at + ahead_bytes(n_columns)),
+            ahead: if ahead_bytes(n_columns) > 1 << 20 {
+                std::ptr::null()
+            } else {
+                bytes.as_ptr().wrapping_add(at + ahead_bytes(n_columns))
+            },
         };
         let mut left = n_columns;
         for pass in 0..n_passes {
