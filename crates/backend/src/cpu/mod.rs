@@ -21,7 +21,7 @@ use std::{
 
 use paceline_kernels::{
     KernelTable, Team,
-    packed::{PackedTable, TileMemory},
+    packed::{PackedMatrix, PackedTable, TileMemory, tune},
 };
 
 use crate::{Backend, Error, Exec, Op, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
@@ -121,7 +121,11 @@ impl CpuBackend {
                 report(before + bytes, all);
             }
         };
-        todo.iter().for_each(|(weight, _)| weight.pack(&mut memory, &self.team, &progress));
+        let pack = |(weight, _): &(Arc<Weight>, usize)| weight.pack(&mut memory, &self.team, &progress);
+        let mut packed: Vec<PackedMatrix> = todo.iter().filter_map(pack).collect();
+        tune(self.kernels.packed, &mut packed, &self.team);
+        assert_eq!(packed.len(), todo.len(), "what has a packed size has a packed form");
+        todo.iter().zip(packed).for_each(|((weight, _), packed)| weight.set_packed(packed));
         Ok(())
     }
 }

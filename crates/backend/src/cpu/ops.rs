@@ -29,9 +29,13 @@ use super::{
 
 /// Values that a tile of an elementwise op handles, about.
 const TILE_VALUES: usize = 8192;
-/// Bytes of a packed matrix that a tile of a product reads: enough that asking for the first of them does not show, and
+/// Bytes of a packed matrix that a tile of a product reads: enough that waiting for the first of them does not show, and
 /// at most what stays in the second-level cache while many columns pass over it.
-const TILE_BYTES: RangeInclusive<usize> = 32 << 10..=512 << 10;
+const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
+/// The least of them for so many columns that waiting is none of the cost: small, so that no thread waits long for the last tile.
+const TILE_BYTES_BUSY: usize = 32 << 10;
+/// From how many columns on.
+const BUSY_COLUMNS: usize = 4;
 /// Query heads that read a page together.
 const HEADS_AT_ONCE: usize = 8;
 /// Channels that a tile of a convolution handles.
@@ -166,7 +170,7 @@ impl CpuOp {
         match &self.op {
             Op::MatMul { dst, .. } => match (cx.n_rows(*dst), self.packed()) {
                 (0, _) => 0,
-                (_, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n_threads)),
+                (n, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n, n_threads)),
                 (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
             Op::KvAppend { .. } => cx.step.lanes.len(),
@@ -223,7 +227,7 @@ impl CpuOp {
         match &self.op {
             Op::MatMul { src, dst, .. } => match self.packed() {
                 Some((w, store)) => {
-                    let chunk = group_chunk(w, n_threads);
+                    let chunk = group_chunk(w, cx.n_rows(*dst), n_threads);
                     let groups = tile * chunk..((tile + 1) * chunk).min(w.n_groups());
                     self.packed_matmul(cx, w, groups, cx.quantized(store), *dst);
                 }
@@ -576,10 +580,11 @@ fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
     (n_out / (4 * n_threads)).clamp(16, 64)
 }
 
-/// Groups of outputs of a packed matrix that one tile computes.
-fn group_chunk(w: &PackedMatrix, n_threads: usize) -> usize {
+/// Groups of outputs of a packed matrix that one tile computes for `n` columns.
+fn group_chunk(w: &PackedMatrix, n: usize, n_threads: usize) -> usize {
     let of_bytes = |bytes: usize| (bytes * w.n_groups() / w.bytes()).max(1);
-    w.n_groups().div_ceil(4 * n_threads).clamp(of_bytes(*TILE_BYTES.start()), of_bytes(*TILE_BYTES.end()))
+    let least = if n < BUSY_COLUMNS { *TILE_BYTES.start() } else { TILE_BYTES_BUSY };
+    w.n_groups().div_ceil(8 * n_threads).clamp(of_bytes(least), of_bytes(*TILE_BYTES.end()))
 }
 
 /// Whether a tile of this op computes whole rows of its one result.

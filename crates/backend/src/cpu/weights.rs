@@ -70,16 +70,25 @@ impl Weight {
         self.packed.get().is_none().then_some(bytes)
     }
 
-    /// Packs the matrix and gives the file's pages back to the system; who reads rows finds them again. `progress` is
-    /// told how many bytes were read, by several threads. Not to be called by two threads at once.
-    pub fn pack(&self, memory: &mut TileMemory, team: &Team, progress: &(dyn Fn(usize) + Sync)) {
+    /// The packed matrix; the file's pages are given back to the system, and who reads rows finds them again. `progress` is
+    /// told how many bytes were read, by several threads.
+    pub fn pack(
+        &self,
+        memory: &mut TileMemory,
+        team: &Team,
+        progress: &(dyn Fn(usize) + Sync),
+    ) -> Option<PackedMatrix> {
         let tensor = self.tensor();
         let (ty, data) = (self.format.ty, self.file.data(tensor));
-        if let Some(packed) = packed::pack_into(memory, ty, data, self.n_in, self.n_rows, team, progress) {
-            // Whoever was first has packed the same.
-            let _ = self.packed.set(packed);
-            self.file.release(tensor);
-        }
+        let packed = packed::pack_into(memory, ty, data, self.n_in, self.n_rows, team, progress);
+        self.file.release(tensor);
+        packed
+    }
+
+    /// From now on products read this.
+    pub fn set_packed(&self, packed: PackedMatrix) {
+        // Whoever was first has packed the same.
+        let _ = self.packed.set(packed);
     }
 
     /// The matrix in the form that products want, if it has been packed.

@@ -14,7 +14,7 @@ use memmap2::{MmapMut, MmapRaw};
 use paceline_gguf::GgmlType;
 
 use super::format::{PackedFormat, ROWS};
-use super::{Grain, format};
+use super::{Ahead, Grain, format};
 use crate::shared::SharedMut;
 use crate::team::Team;
 
@@ -43,6 +43,7 @@ pub struct PackedMatrix {
     group_bytes: usize,
     /// All groups of tiles.
     tiles: Region,
+    ahead: Ahead,
 }
 
 /// Memory for the tiles of some matrices, which are read in the order in which they are packed into it.
@@ -185,7 +186,7 @@ pub fn pack_into(
         }
         progress(rows.len() * row_bytes);
     });
-    Some(PackedMatrix { format, n_in, n_out, tile_bytes, group_bytes, tiles })
+    Some(PackedMatrix { format, n_in, n_out, tile_bytes, group_bytes, tiles, ahead: Ahead::DEFAULT })
 }
 
 impl PackedMatrix {
@@ -231,6 +232,15 @@ impl PackedMatrix {
     pub fn tiles(&self, groups: Range<usize>) -> &[u8] {
         assert!(groups.end <= self.n_groups(), "groups {groups:?} of {}", self.n_groups());
         &self.tiles.bytes()[groups.start * self.group_bytes..groups.end * self.group_bytes]
+    }
+
+    /// How far ahead its products ask for it.
+    pub fn ahead(&self) -> &Ahead {
+        &self.ahead
+    }
+
+    pub(super) fn set_ahead(&mut self, ahead: Ahead) {
+        self.ahead = ahead;
     }
 
     pub(super) fn format(&self) -> &'static PackedFormat {
