@@ -12,8 +12,8 @@
 //! Reading order: [`table`] picks the instruction set and [`scalar`] defines its kernels;
 //! [`formats`] are what [`matmul`] reads its weights from; [`attention`] over the cells of [`kv`],
 //! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between, and
-//! [`row_ops`] compiles them for each instruction set;
-//! [`team`] and [`shared`] spread all of it over threads.
+//! [`row_ops`] compiles them for each instruction set; [`team`] and [`shared`] spread all of it over
+//! threads. [`roofline`] says what a machine can do at best.
 
 pub mod act;
 pub mod attention;
@@ -28,6 +28,7 @@ pub mod kv;
 pub mod matmul;
 pub mod norm;
 pub mod packed;
+pub mod roofline;
 pub mod rope;
 pub mod row_ops;
 pub mod scalar;
