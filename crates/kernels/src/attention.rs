@@ -110,6 +110,7 @@ impl BlockCall<'_> {
 
     /// Turns the scores of query `i` into weights and moves its maximum; the same bits on every instruction set.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // plain loops over arrays become vectors
     pub(crate) fn weigh(&mut self, i: usize) {
         let visible = self.visible[i].clone();
         let scores = &mut self.weights[i * BLOCK..(i + 1) * BLOCK];
@@ -117,7 +118,9 @@ impl BlockCall<'_> {
         let sums = &mut self.sums.weight[i * SUMS..(i + 1) * SUMS];
         let sums: &mut [f32; SUMS] = sums.try_into().expect("the number of sums");
         if let Some(cap) = self.softcap {
-            scores.iter_mut().for_each(|score| *score = softcap(*score, cap));
+            for score in scores.iter_mut() {
+                *score = softcap(*score, cap);
+            }
         }
         let (start, end) = (visible.start as u32, visible.end as u32);
         for c in 0..BLOCK as u32 {
@@ -125,7 +128,6 @@ impl BlockCall<'_> {
             scores[c as usize] = if c >= start && c < end { score } else { f32::NEG_INFINITY };
         }
         // A NaN is greater than nothing; it goes into the sum and comes out at the end.
-        let greater = |a: f32, b: f32| if a > b { a } else { b };
         let mut top = [f32::NEG_INFINITY; SUMS];
         for l in 0..SUMS {
             top[l] = greater(scores[SUMS + l], greater(scores[l], top[l]));
@@ -140,14 +142,20 @@ impl BlockCall<'_> {
         *max = greater(top[0], old);
         let base = base(*max);
         let factor = weight(old - base);
-        for score in scores.iter_mut() {
-            *score = weight(*score - base);
+        for c in 0..BLOCK {
+            scores[c] = weight(scores[c] - base);
         }
         for l in 0..SUMS {
             sums[l] = sums[l] * factor + (scores[l] + scores[SUMS + l]);
         }
         self.factors[i] = factor;
     }
+}
+
+/// The greater one, and `b` where `a` is NaN.
+#[inline(always)]
+fn greater(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 /// What scores are taken relative to: −∞ less −∞ would be NaN.

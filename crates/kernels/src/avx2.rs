@@ -89,22 +89,35 @@ impl Simd for F32x8 {
         // Each step adds two halves of every vector and puts two vectors into one.
         // SAFETY: AVX by contract. Lane i and i + 4, then i and i + 2, then the two, as in `sum`.
         unsafe {
-            let halves = |a: Self, b: Self| {
-                let low = _mm256_permute2f128_ps::<0x20>(a.0, b.0);
-                _mm256_add_ps(low, _mm256_permute2f128_ps::<0x31>(a.0, b.0))
-            };
-            let pairs = |a: __m256, b: __m256| {
-                let low = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-                let high = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-                _mm256_add_ps(low, high)
-            };
-            let ones = |a: __m256, b: __m256| {
-                let even = _mm256_shuffle_ps::<0b10_00_10_00>(a, b);
-                _mm256_add_ps(even, _mm256_shuffle_ps::<0b11_01_11_01>(a, b))
-            };
+            macro_rules! halves {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    let low = _mm256_permute2f128_ps::<0x20>(a.0, b.0);
+                    _mm256_add_ps(low, _mm256_permute2f128_ps::<0x31>(a.0, b.0))
+                }};
+            }
+            macro_rules! pairs {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    let low = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+                    let high = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
+                    _mm256_add_ps(low, high)
+                }};
+            }
+            macro_rules! ones {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    let even = _mm256_shuffle_ps::<0b10_00_10_00>(a, b);
+                    _mm256_add_ps(even, _mm256_shuffle_ps::<0b11_01_11_01>(a, b))
+                }};
+            }
             // Vectors i and i + 4 lie in the two halves of the result.
-            let two = |i: usize| halves(vectors[i], vectors[i + 4]);
-            Self(ones(pairs(two(0), two(1)), pairs(two(2), two(3))))
+            macro_rules! two {
+                ($i:expr) => {
+                    halves!(vectors[$i], vectors[$i + 4])
+                };
+            }
+            Self(ones!(pairs!(two!(0), two!(1)), pairs!(two!(2), two!(3))))
         }
     }
 

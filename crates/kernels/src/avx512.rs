@@ -93,34 +93,52 @@ impl Simd for F32x16 {
     unsafe fn sums(vectors: &[Self; MAX_LANES]) -> Self {
         // Each step adds two halves of every vector and puts two vectors into one. Lanes i and i + 8 of a vector come
         // together first, then i + 4, i + 2 and i + 1, as in `sum`.
+        // Macros, for closures cannot be inlined always and would miss the features.
         // SAFETY: AVX-512F by contract.
         unsafe {
-            let halves = |a: Self, b: Self| {
-                // 128-bit parts a0 a1 b0 b1 + a2 a3 b2 b3
-                let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a.0, b.0);
-                _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a.0, b.0))
-            };
-            let quarters = |a: __m512, b: __m512| {
-                // a b c d, of two 128-bit parts each: the even ones + the odd ones
-                let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
-                _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
-            };
-            let pairs = |a: __m512, b: __m512| {
-                let low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-                let high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-                _mm512_add_ps(low, high)
-            };
-            let ones = |a: __m512, b: __m512| {
-                // a0 a2 b0 b2 + a1 a3 b1 b3 of each 128-bit part
-                let even = _mm512_shuffle_ps::<0b10_00_10_00>(a, b);
-                _mm512_add_ps(even, _mm512_shuffle_ps::<0b11_01_11_01>(a, b))
-            };
+            macro_rules! halves {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    // 128-bit parts a0 a1 b0 b1 + a2 a3 b2 b3
+                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a.0, b.0);
+                    _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a.0, b.0))
+                }};
+            }
+            macro_rules! quarters {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    // a b c d, of two 128-bit parts each: the even ones + the odd ones
+                    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                    _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+                }};
+            }
+            macro_rules! pairs {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    let low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+                    let high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+                    _mm512_add_ps(low, high)
+                }};
+            }
+            macro_rules! ones {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    // a0 a2 b0 b2 + a1 a3 b1 b3 of each 128-bit part
+                    let even = _mm512_shuffle_ps::<0b10_00_10_00>(a, b);
+                    _mm512_add_ps(even, _mm512_shuffle_ps::<0b11_01_11_01>(a, b))
+                }};
+            }
             // Part p of the result holds vectors 4p .. 4p + 4, so vectors 0, 4, 8, 12 go together first.
-            let four = |i: usize| {
-                quarters(halves(vectors[i], vectors[i + 4]), halves(vectors[i + 8], vectors[i + 12]))
-            };
-            let (a, b, c, d) = (four(0), four(1), four(2), four(3));
-            Self(ones(pairs(a, b), pairs(c, d)))
+            macro_rules! four {
+                ($i:expr) => {
+                    quarters!(
+                        halves!(vectors[$i], vectors[$i + 4]),
+                        halves!(vectors[$i + 8], vectors[$i + 12])
+                    )
+                };
+            }
+            let (a, b, c, d) = (four!(0), four!(1), four!(2), four!(3));
+            Self(ones!(pairs!(a, b), pairs!(c, d)))
         }
     }
 

@@ -363,7 +363,10 @@ pub(crate) unsafe fn attend_block<S: Simd>(call: &mut BlockCall<'_>) {
             Cells::F16(k) => scores::<S, f16>(call, k.as_ptr()),
             Cells::Bf16(k) => scores::<S, bf16>(call, k.as_ptr()),
         }
-        (0..call.visible.len()).for_each(|i| call.weigh(i));
+        // A loop: what a closure calls may miss the features.
+        for i in 0..call.visible.len() {
+            call.weigh(i);
+        }
         match call.v {
             Cells::F32(v) => values::<S, f32>(call, v.as_ptr()),
             Cells::F16(v) => values::<S, f16>(call, v.as_ptr()),
@@ -415,8 +418,11 @@ unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const C: usize>(
         unsafe {
             if i == 0 {
                 for next in call.next {
-                    let part = first * next.len() / BLOCK..(first + C) * next.len() / BLOCK;
-                    next[part].iter().step_by(64).for_each(|line| S::prefetch(line));
+                    let mut at = first * next.len() / BLOCK;
+                    while at < (first + C) * next.len() / BLOCK {
+                        S::prefetch(next.as_ptr().wrapping_add(at));
+                        at += 64;
+                    }
                 }
             }
             let (q, k) = (q.add(i * width), k.add(first * width));
