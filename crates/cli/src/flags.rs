@@ -4,11 +4,11 @@
 //! command lines people have go on working. Their names with one dash and several letters (`-md`, `-np`) are given
 //! to clap as hidden long names; [`one_dash`] rewrites them before clap looks.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use paceline_backend::KvType;
+use paceline_backend::{KvType, KvTypes};
 use paceline_sampling::{SamplingParams, samplers};
 use paceline_spec::DRAFTERS;
 use paceline_text::{ChatTemplate, ReasoningFormat};
@@ -150,31 +150,31 @@ pub struct SizeFlags {
     /// Most rows of a step (-ub); drafts are never cut to fit
     #[arg(long, alias = "ub", value_name = "N", env = "LLAMA_ARG_UBATCH", hide_env = true)]
     pub ubatch_size: Option<usize>,
-    /// Storage type of keys (-ctk): f16, f32
+    /// Storage type of keys (-ctk): f32, f16, bf16, q8_0, q5_0, q4_1, q4_0, iq4_nl; f16 if not given
     #[arg(
         long,
         alias = "ctk",
         value_name = "TYPE",
         env = "LLAMA_ARG_CACHE_TYPE_K",
         hide_env = true,
-        value_parser = kv_type
+        value_parser = KvType::from_str
     )]
     pub cache_type_k: Option<KvType>,
-    /// Storage type of values (-ctv); as that of the keys
+    /// Storage type of values (-ctv), likewise
     #[arg(
         long,
         alias = "ctv",
         value_name = "TYPE",
         env = "LLAMA_ARG_CACHE_TYPE_V",
         hide_env = true,
-        value_parser = kv_type
+        value_parser = KvType::from_str
     )]
     pub cache_type_v: Option<KvType>,
     /// The drafter's storage type of keys (-ctkd)
-    #[arg(long = "spec-draft-type-k", aliases = ["ctkd", "cache-type-k-draft"], value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long = "spec-draft-type-k", aliases = ["ctkd", "cache-type-k-draft"], value_name = "TYPE", value_parser = KvType::from_str)]
     pub draft_type_k: Option<KvType>,
     /// The drafter's storage type of values (-ctvd)
-    #[arg(long = "spec-draft-type-v", aliases = ["ctvd", "cache-type-v-draft"], value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long = "spec-draft-type-v", aliases = ["ctvd", "cache-type-v-draft"], value_name = "TYPE", value_parser = KvType::from_str)]
     pub draft_type_v: Option<KvType>,
     /// Threads that compute; 0 is one per core
     #[arg(
@@ -204,20 +204,13 @@ pub struct SizeFlags {
 }
 
 impl SizeFlags {
-    /// Storage of the target's cells and of the drafter's.
-    pub fn kv_types(&self) -> Result<(KvType, KvType)> {
-        let one = |what: &str, k: Option<KvType>, v: Option<KvType>| match (k, v) {
-            (Some(k), Some(v)) if k != v => {
-                bail!(
-                    "{what}: different types for keys and values are not supported yet\nhint: give both the same type"
-                )
-            }
-            (k, v) => Ok(k.or(v).unwrap_or(KvType::F16)),
+    /// Storage of the target's cells and of the drafter's: f16, each, if nothing is said.
+    pub fn kv_types(&self) -> (KvTypes, KvTypes) {
+        let one = |k: Option<KvType>, v: Option<KvType>| KvTypes {
+            k: k.unwrap_or(KvType::F16),
+            v: v.unwrap_or(KvType::F16),
         };
-        Ok((
-            one("-ctk, -ctv", self.cache_type_k, self.cache_type_v)?,
-            one("-ctkd, -ctvd", self.draft_type_k, self.draft_type_v)?,
-        ))
+        (one(self.cache_type_k, self.cache_type_v), one(self.draft_type_k, self.draft_type_v))
     }
 
     /// Threads to compute with, 0 for one per core.
@@ -476,18 +469,6 @@ impl TemplateFlags {
             (None, None) => return Ok(None),
         };
         Ok(Some(ChatTemplate::new(&source, bos, eos).context(flag)?))
-    }
-}
-
-/// `-ctk` and its kin.
-fn kv_type(name: &str) -> Result<KvType, String> {
-    match name {
-        "f16" => Ok(KvType::F16),
-        "f32" => Ok(KvType::F32),
-        "bf16" | "q8_0" | "q4_0" | "q4_1" | "iq4_nl" | "q5_0" | "q5_1" => {
-            Err(format!("{name} is not supported yet; f16 and f32 are"))
-        }
-        _ => Err("expected f16 or f32".to_string()),
     }
 }
 

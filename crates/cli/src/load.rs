@@ -11,7 +11,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
 use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Step, Target};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -78,9 +78,9 @@ pub struct Sizes {
     /// Most tokens drafted, before the drafter's own limit.
     pub n_draft_max: usize,
     /// Storage of the target's cells.
-    pub kv: KvType,
+    pub kv: KvTypes,
     /// Storage of the drafter's cells.
-    pub kv_draft: KvType,
+    pub kv_draft: KvTypes,
 }
 
 impl Loaded {
@@ -146,7 +146,7 @@ impl Loaded {
                     file: file.clone(),
                     backend: &self.backend,
                     target: &*self.model,
-                    states: StateConfig { kv_type: sizes.kv_draft, ..StateConfig::default() },
+                    states: StateConfig { kv: sizes.kv_draft, ..StateConfig::default() },
                     n_cell_max: per_slot * sizes.n_slot,
                 })?)
             }
@@ -158,7 +158,7 @@ impl Loaded {
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
         let config =
-            StateConfig { kv_type: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
+            StateConfig { kv: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
         let states = self.backend.alloc_states(self.model.states(), config)?;
         let exec = self.backend.compile(plan, &states)?;
         // A slot's last page is never shared with another slot, and tentative rows come on top.
@@ -233,7 +233,8 @@ impl Loaded {
 impl Sizes {
     /// Sizes for `model`, and words on how they came about.
     fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
-        let (kv, kv_draft) = flags.kv_types()?;
+        let (kv, kv_draft) = flags.kv_types();
+        model.states().iter().try_for_each(|state| state.check_kv(kv))?;
         let auto = if one_slot { 1 } else { N_SLOT_AUTO };
         let n_slot = match flags.parallel {
             None | Some(-1 | 0) => auto,
@@ -309,10 +310,10 @@ pub struct MemoryNeed {
 
 impl MemoryNeed {
     /// Of a model with these states.
-    pub fn new(states: &[StateDecl], kv: KvType, n_tentative: usize) -> MemoryNeed {
-        let cell: usize = states.iter().map(StateDecl::cell_width).sum();
+    pub fn new(states: &[StateDecl], kv: KvTypes, n_tentative: usize) -> MemoryNeed {
+        let cell: usize = states.iter().map(|state| state.cell_bytes(kv)).sum();
         let slot: usize = states.iter().map(|s| s.slot_width() + n_tentative * s.window_width()).sum();
-        MemoryNeed { cell_bytes: (cell * kv.bytes()) as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
+        MemoryNeed { cell_bytes: cell as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
     }
 }
 

@@ -5,6 +5,7 @@
 //! table is chosen once and handed down. The environment variable `PACELINE_ISA` forces one:
 //! tests run on each, and a bug report can say whether `scalar` agrees.
 
+use crate::attention::BlockCall;
 use crate::delta::DeltaToken;
 use crate::row_ops::RowOps;
 use half::f16;
@@ -49,6 +50,8 @@ pub struct KernelTable {
     pub delta_step: fn(state: &mut [f32], token: &DeltaToken<'_>, q: &[f32], out: &mut [f32]),
     /// The state after the same token, bit for bit, without the output.
     pub delta_advance: fn(state: &mut [f32], token: &DeltaToken<'_>),
+    /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
+    pub attend_block: fn(call: &mut BlockCall<'_>),
 }
 
 /// `x [n, n_in]` times weight rows `[m, n_in]` gives `out [n, m]`: see [`matmul`](crate::matmul).

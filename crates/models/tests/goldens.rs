@@ -33,7 +33,7 @@ impl Rig {
         let mut p = PlanBuilder::new(&taps);
         let logits = model.record(&mut p);
         let plan = Arc::new(p.finish(Some(logits)));
-        let config = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+        let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 16 };
         let states = backend.alloc_states(model.states(), config).unwrap();
         let exec = backend.compile(plan, &states).unwrap();
         Rig { exec, memory: Memory::new(states, 4096), n_layer, out: StepOut::default() }

@@ -4,16 +4,17 @@ use std::{ops::Range, sync::Arc};
 
 use paceline_kernels::{
     KernelTable, SharedMut, Team,
+    kv::KvBytes,
     packed::{PackedTable, QuantRows, RowWriter},
 };
 
-use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
     ropes::Ropes,
-    states::{CpuStates, PageData},
+    states::CpuStates,
     weights::Weight,
 };
 
@@ -83,6 +84,12 @@ impl Task {
         }
     }
 
+    fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        if let Kind::Op(op) = &self.kind {
+            op.prepare(cx, n_threads);
+        }
+    }
+
     fn work(&self, cx: &Cx<'_>) -> Nanos {
         match &self.kind {
             Kind::Op(op) => op.work(cx),
@@ -112,7 +119,8 @@ pub(super) struct Cx<'a> {
     pub table: &'static KernelTable,
     pub packed: &'static PackedTable,
     pub page_len: usize,
-    pub pages: SharedMut<'a, Option<PageData>>,
+    pub kv: KvTypes,
+    pub pages: SharedMut<'a, Option<KvBytes>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
     pub lane_of_row: &'a [u32],
@@ -172,6 +180,32 @@ impl Cx<'_> {
     pub fn place(&self, buf: Buf) -> (&SharedMut<'_, f32>, usize) {
         let arena = self.plan.rows(buf) as usize;
         (&self.arenas[arena], self.plan.columns(buf).start * self.n_rows(buf))
+    }
+
+    fn page_data(&self, id: u32) -> &KvBytes {
+        // SAFETY: pages come and go between steps only; nothing takes the list itself to write.
+        match unsafe { &self.pages.get(id as usize..id as usize + 1)[0] } {
+            Some(page) => page,
+            None => panic!("KV page {id} has no storage"),
+        }
+    }
+
+    /// Bytes of a page, to read.
+    ///
+    /// # Safety
+    /// No op of this wave writes pages.
+    pub unsafe fn page(&self, id: u32, bytes: Range<usize>) -> &[u8] {
+        &self.page_data(id).bytes()[bytes]
+    }
+
+    /// Bytes of a page, to write.
+    ///
+    /// # Safety
+    /// No op of this wave reads pages, and the caller is the one tile that writes these bytes.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn page_mut(&self, id: u32, bytes: Range<usize>) -> &mut [u8] {
+        // SAFETY: handed on to the caller.
+        unsafe { self.page_data(id).part_mut(bytes) }
     }
 
     /// What a store holds.
@@ -299,6 +333,7 @@ impl Exec for CpuExec {
             table: self.kernels.table,
             packed: self.kernels.packed,
             page_len: config.page_len,
+            kv: config.kv,
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
@@ -324,6 +359,7 @@ impl Exec for CpuExec {
                 self.ends.clear();
                 let mut n_tiles = 0;
                 for task in tasks {
+                    task.prepare(&cx, n_threads);
                     n_tiles += task.n_tiles(&cx, n_threads);
                     self.ends.push(n_tiles);
                 }

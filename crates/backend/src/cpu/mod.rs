@@ -1,6 +1,7 @@
 //! The CPU backend: matrices that products read are packed when a plan is compiled, other weights stay where the file is
 //! mapped, states live in vectors that grow with use, and a thread team works through the waves of a plan.
 
+mod attention;
 mod exec;
 mod ops;
 mod quant;
@@ -150,6 +151,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error> {
+        decls.iter().try_for_each(|decl| decl.check_kv(config.kv))?;
         Ok(Arc::new(CpuStates::new(decls, config, self.team.clone(), self.kernels.table)))
     }
 

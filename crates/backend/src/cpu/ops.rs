@@ -12,15 +12,14 @@ use std::{
 
 use paceline_kernels::{
     act,
-    attention::{Query, RunningSoftmax},
     delta::{DeltaToken, delta_step},
-    kv::{KvRows, write_row},
     packed::{PackedMatrix, QuantRows, RowWriter},
 };
 
-use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, StateDecl, States, WeightId};
+use crate::{AttentionOp, Buf, HeadMap, Op, Plan, StateDecl, States, WeightId};
 
 use super::{
+    attention::{Attention, KvPlace, SpanParts},
     exec::{Cx, Nanos},
     ropes::Ropes,
     states::{CpuStates, DeltaWindow, SlotLayout, shift_in},
@@ -36,8 +35,8 @@ const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
 const TILE_BYTES_BUSY: usize = 32 << 10;
 /// From how many columns on.
 const BUSY_COLUMNS: usize = 4;
-/// Query heads that read a page together.
-const HEADS_AT_ONCE: usize = 8;
+/// Rows that a tile of `kv_append` writes.
+const APPEND_ROWS: usize = 16;
 /// Channels that a tile of a convolution handles.
 const TILE_CHANNELS: usize = 256;
 /// Taps of a convolution that need no allocation; known models have 4.
@@ -56,14 +55,6 @@ struct Scratch {
     tail: Vec<f32>,
 }
 
-/// Where a KV state lies in a page.
-#[derive(Clone, Copy)]
-struct KvPlace {
-    offset: usize,
-    n_head: usize,
-    head_dim: usize,
-}
-
 /// An op with its weights at hand.
 pub(super) struct CpuOp {
     op: Op,
@@ -75,6 +66,8 @@ pub(super) struct CpuOp {
     /// Among the plan's.
     rope: Option<usize>,
     kv: Option<KvPlace>,
+    /// Of attention.
+    parts: SpanParts,
     slot: Option<(SlotLayout, StateDecl)>,
 }
 
@@ -88,13 +81,21 @@ impl CpuOp {
         ropes: &mut Ropes,
         weight: &impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuOp {
-        let mut this =
-            CpuOp { op: op.clone(), store, weight: None, small: None, rope: None, kv: None, slot: None };
+        let mut this = CpuOp {
+            op: op.clone(),
+            store,
+            weight: None,
+            small: None,
+            rope: None,
+            kv: None,
+            slot: None,
+            parts: SpanParts::default(),
+        };
         let kv = |state: crate::StateId| {
             let at = state.0 as usize;
             match states.decls()[at] {
                 StateDecl::Kv { n_head, head_dim } => {
-                    KvPlace { offset: states.page_offset(at), n_head, head_dim }
+                    KvPlace { offsets: states.page_offsets(at), n_head, head_dim }
                 }
                 ref other => panic!("{other:?} is no KV state"),
             }
@@ -165,6 +166,17 @@ impl CpuOp {
         }
     }
 
+    fn attention<'a>(&'a self, op: &'a AttentionOp) -> Attention<'a> {
+        Attention { op, place: self.kv(), sinks: self.small.as_ref().map(|w| w.floats()), parts: &self.parts }
+    }
+
+    /// Called before the tiles of a wave that several threads share.
+    pub fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        if let Op::Attention(op) = &self.op {
+            self.attention(op).prepare(cx, n_threads);
+        }
+    }
+
     /// Pieces that this op falls into for the rows of the step.
     pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
         match &self.op {
@@ -173,8 +185,8 @@ impl CpuOp {
                 (n, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n, n_threads)),
                 (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
-            Op::KvAppend { .. } => cx.step.lanes.len(),
-            Op::Attention(_) => cx.step.n_rows() * self.kv().n_head,
+            Op::KvAppend { .. } => cx.step.n_rows().div_ceil(APPEND_ROWS),
+            Op::Attention(op) => self.attention(op).n_tiles(cx, n_threads),
             Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
             Op::DeltaRule { .. } => cx.step.lanes.len() * self.delta().1.n_head_v,
             op => {
@@ -198,17 +210,13 @@ impl CpuOp {
                     None => n_weights * (4 + n) / 64,
                 }
             }
-            Op::Attention(op) => {
-                let lanes = cx.step.lanes.iter();
-                let cells: usize = lanes.map(|lane| lane.rows.len() * (lane.n_past + lane.rows.len())).sum();
-                cells * op.n_head * (20 + self.kv().head_dim / 4)
-            }
+            Op::Attention(op) => self.attention(op).work(cx),
             Op::DeltaRule { .. } => cx.step.n_rows() * self.delta().1.state_len() / 8,
             // An exponential for every value.
             Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
             Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
             Op::DeltaGates { decay, .. } => 20 * values(*decay),
-            Op::KvAppend { k, .. } => values(*k),
+            Op::KvAppend { k, .. } => 2 * values(*k),
             op => values(row_wise_dst(op)) / 2,
         }
     }
@@ -233,11 +241,11 @@ impl CpuOp {
                 }
                 None => self.matmul(cx, n_threads, tile, *src, *dst),
             },
-            Op::KvAppend { k, v, .. } => self.kv_append(cx, &cx.step.lanes[tile], *k, *v),
-            Op::Attention(op) => {
-                let n_head_kv = self.kv().n_head;
-                self.attention(cx, op, tile / n_head_kv, tile % n_head_kv);
+            Op::KvAppend { k, v, .. } => {
+                let end = cx.step.n_rows().min((tile + 1) * APPEND_ROWS);
+                (tile * APPEND_ROWS..end).for_each(|row| self.kv().append(cx, row, *k, *v));
             }
+            Op::Attention(op) => self.attention(op).run(cx, n_threads, tile),
             Op::ShortConv { src, dst, .. } => {
                 let n_chunks = cx.plan.width(*src).div_ceil(TILE_CHANNELS);
                 self.short_conv(cx, *src, *dst, tile / n_chunks, tile % n_chunks);
@@ -393,66 +401,6 @@ impl CpuOp {
         }
     }
 
-    fn kv_append(&self, cx: &Cx<'_>, lane: &Lane<'_>, k: Buf, v: Buf) {
-        let KvPlace { offset, n_head, head_dim } = self.kv();
-        let width = n_head * head_dim;
-        for (i, row) in lane.rows.clone().enumerate() {
-            let cell = lane.n_past + i;
-            let page = lane.pages[cell / cx.page_len].0 as usize;
-            let at = offset + cell % cx.page_len * width;
-            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles
-            // the whole lane, and no other op of this wave touches pages (`StateAccess::conflicts`).
-            let page = unsafe { &mut cx.pages.range(page..page + 1)[0] };
-            let Some(page) = page else {
-                panic!("KV page {} has no storage", lane.pages[cell / cx.page_len].0)
-            };
-            write_row(cx.row(k, row), page.write(at, width));
-            write_row(cx.row(v, row), page.write(at + cx.page_len * width, width));
-        }
-    }
-
-    /// All query heads of one row that read one KV head.
-    fn attention(&self, cx: &Cx<'_>, op: &AttentionOp, row: usize, head_kv: usize) {
-        let KvPlace { offset, n_head, head_dim } = self.kv();
-        let (width, page_len) = (n_head * head_dim, cx.page_len);
-        let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
-        let visible = visible_cells(lane, row - lane.rows.start, op.mask, op.window);
-        let per_kv = op.n_head / n_head;
-        let heads = head_kv * per_kv..(head_kv + 1) * per_kv;
-        // All heads take a page before any takes the next, so that its cells are read from memory once.
-        for first_head in heads.clone().step_by(HEADS_AT_ONCE) {
-            let mut sums: [Option<RunningSoftmax<'_>>; HEADS_AT_ONCE] = [const { None }; HEADS_AT_ONCE];
-            let heads = first_head..heads.end.min(first_head + HEADS_AT_ONCE);
-            for (sum, head) in sums.iter_mut().zip(heads.clone()) {
-                let columns = head * head_dim..(head + 1) * head_dim;
-                let query = Query { q: &cx.row(op.q, row)[columns.clone()], scale: op.scale, softcap: None };
-                // SAFETY: this tile alone writes the heads of this group in this row, each once.
-                let out = unsafe { cx.part_mut(op.dst, row, columns) };
-                *sum = Some(RunningSoftmax::new(cx.table, query, out));
-            }
-            for page in visible.start / page_len..visible.end.div_ceil(page_len) {
-                let id = lane.pages[page].0 as usize;
-                // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
-                let Some(data) = (unsafe { &cx.pages.get(id..id + 1)[0] }) else {
-                    panic!("KV page {id} has no storage")
-                };
-                let rows = |start| {
-                    let data = data.read(start, page_len * width);
-                    KvRows { data, stride: width, offset: head_kv * head_dim }
-                };
-                let (k, v) = (rows(offset), rows(offset + page_len * width));
-                let first = page * page_len;
-                let cells = visible.start.max(first) - first..visible.end.min(first + page_len) - first;
-                for sum in sums.iter_mut().flatten() {
-                    sum.attend_page(k, v, cells.clone());
-                }
-            }
-            for (sum, head) in sums.into_iter().flatten().zip(heads) {
-                sum.finish(self.small.as_ref().map(|sinks| sinks.floats()[head]));
-            }
-        }
-    }
-
     /// Some channels of one lane: all its rows in order, then the tail.
     fn short_conv(&self, cx: &Cx<'_>, src: Buf, dst: Buf, lane: usize, chunk: usize) {
         let Some((layout, StateDecl::ConvTail { channels, width })) = self.slot else {
@@ -562,17 +510,6 @@ impl CpuOp {
             }
         });
     }
-}
-
-/// Cells that row `i` of a lane sees: always a run, because windows and masks only cut at its ends.
-fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usize>) -> Range<usize> {
-    let cell = lane.n_past + i;
-    let end = match mask {
-        BlockMask::Causal => cell + 1,
-        BlockMask::Full => lane.n_past + lane.rows.len(),
-    };
-    let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
-    start..end
 }
 
 /// Outputs of a matrix that one tile computes.

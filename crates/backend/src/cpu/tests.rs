@@ -204,7 +204,7 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
 fn a_panicking_step_leaves_the_others_alone() {
     for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
         let decls = [StateDecl::Kv { n_head: 1, head_dim: 4 }, StateDecl::ConvTail { channels: 4, width: 3 }];
-        let config = StateConfig { page_len: 4, kv_type: KvType::F16, n_tentative_max: 4 };
+        let config = StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 4 };
         let states = backend.alloc_states(&decls, config).unwrap();
         let conv = upload(&backend, &mut Random::new(6), 3, 4);
         let mut p = PlanBuilder::new(&[]);

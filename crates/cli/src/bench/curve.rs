@@ -392,7 +392,7 @@ fn drafter(loaded: &Loaded, depth: usize) -> Result<Option<Box<dyn Drafter>>> {
         file: file.clone(),
         backend: &loaded.backend,
         target: &*loaded.model,
-        states: StateConfig { kv_type: loaded.sizes.kv_draft, ..StateConfig::default() },
+        states: StateConfig { kv: loaded.sizes.kv_draft, ..StateConfig::default() },
         n_cell_max: depth + 1024,
     })?))
 }

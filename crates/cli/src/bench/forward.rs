@@ -31,7 +31,7 @@ impl Rig {
         let logits = loaded.model.record(&mut plan);
         let plan: Arc<Plan> = Arc::new(plan.finish(Some(logits)));
         let config =
-            StateConfig { kv_type: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
+            StateConfig { kv: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
         let states = loaded.backend.alloc_states(loaded.model.states(), config)?;
         let exec = loaded.backend.compile(plan.clone(), &states)?;
         Ok(Rig {

@@ -21,8 +21,8 @@ fn what_would_change_answers_is_refused() {
     check(&["--rope-scaling", "yarn"], &["--rope-scaling yarn: not supported"]);
     check(&["--spec-type", "draft-mtp"], &["draft-mtp is not built yet", "hint:"]);
     check(&["--spec-type", "dflas"], &["expected dflash or none, found `dflas`"]);
-    check(&["-ctk", "q8_0"], &["q8_0 is not supported yet; f16 and f32 are"]);
-    check(&["-ctk", "f16", "-ctv", "f32"], &["different types"]);
+    check(&["-ctk", "q3_k"], &["expected one of f32, f16, bf16, q8_0, q5_0, q4_1, q4_0, iq4_nl", "q3_k"]);
+    check(&["-ctvd", "q6"], &["expected one of f32", "q6"]);
     check(&["-c", "1"], &["-c 1", "expected at least 2"]);
     check(&["-np", "-3"], &["-np", "-3"]);
     check(&["--top-p", "nan"], &["top_p"]);

@@ -52,7 +52,7 @@ fn logits(path: &str) -> (Vec<f32>, usize) {
     let model = paceline_models::load(&file, &backend).unwrap_or_else(|error| panic!("{path}: {error}"));
     let mut plan = PlanBuilder::new(&[]);
     let head = model.record(&mut plan);
-    let config = StateConfig { kv_type: KvType::F32, ..StateConfig::default() };
+    let config = StateConfig { kv: KvType::F32.into(), ..StateConfig::default() };
     let states = backend.alloc_states(model.states(), config).unwrap();
     let mut exec = backend.compile(Arc::new(plan.finish(Some(head))), &states).unwrap();
     let mut memory = Memory::new(states, 4096);

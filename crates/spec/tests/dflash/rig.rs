@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use paceline_backend::{Backend, Buf, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{Backend, Buf, KvType, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::{GgmlType, Gguf, Metadata, Value, to_bytes};
 use paceline_memory::Memory;
@@ -205,7 +205,8 @@ impl Target {
 }
 
 /// F32 and pages that blocks and windows cross.
-pub const STATES: StateConfig = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+pub const STATES: StateConfig =
+    StateConfig { page_len: 16, kv: KvTypes { k: KvType::F32, v: KvType::F32 }, n_tentative_max: 16 };
 
 struct Ends {
     hparams: Hparams,
