@@ -145,6 +145,6 @@ impl Simd for F32x16 {
     #[inline(always)]
     fn prefetch(from: *const u8) {
         // SAFETY: a prefetch of any address is no access.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
     }
 }

@@ -13,10 +13,10 @@
 
 use crate::formats::float::f32_to_f16;
 use crate::formats::{self, Format, iq4_nl, q5_0};
+use crate::mapped::Mapped;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use paceline_gguf::GgmlType;
-use std::cell::UnsafeCell;
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
@@ -193,37 +193,34 @@ impl fmt::Display for KvTypes {
     }
 }
 
+pub use crate::mapped::LINE;
+
 /// Bytes that begin on a cache line: the storage of pages.
 #[derive(Debug)]
-pub struct KvBytes(Box<[UnsafeCell<Line>]>);
-
-// SAFETY: it is plain memory; who writes through a shared reference answers for it (`KvBytes::part_mut`).
-unsafe impl Sync for KvBytes {}
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([u8; LINE]);
-
-/// Bytes of a cache line: parts of a page begin at multiples of it.
-pub const LINE: usize = 64;
+pub struct KvBytes(Mapped);
 
 impl KvBytes {
     /// Zeros, `n` bytes rounded up to whole lines.
+    ///
+    /// # Panics
+    /// If the system has no memory.
     pub fn new(n: usize) -> KvBytes {
-        KvBytes((0..n.div_ceil(LINE)).map(|_| UnsafeCell::new(Line([0; LINE]))).collect())
+        let n = n.next_multiple_of(LINE);
+        KvBytes(
+            Mapped::zeroed(n).unwrap_or_else(|error| panic!("no memory for a KV page of {n} bytes: {error}")),
+        )
     }
 
     /// All bytes.
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: a `Line` is `LINE` bytes without padding, and a cell is what it holds; nobody writes meanwhile, by the
-        // contract of `part_mut`.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * LINE) }
+        // SAFETY: mapped as long as this lives; nobody writes meanwhile, by the contract of `part_mut`.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr(), self.0.len()) }
     }
 
     /// All bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above; every pattern of bytes is a `Line`.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * LINE) }
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr(), self.0.len()) }
     }
 
     /// Some bytes, to write while others write others.
@@ -235,13 +232,10 @@ impl KvBytes {
     /// While the slice lives, nobody reads from this, and no other slice of this overlaps `range`.
     #[allow(clippy::mut_from_ref)] // that is the point; the contract above replaces the borrow
     pub unsafe fn part_mut(&self, range: Range<usize>) -> &mut [u8] {
-        let n = self.0.len() * LINE;
+        let n = self.0.len();
         assert!(range.start <= range.end && range.end <= n, "bytes {range:?} of {n}");
-        // SAFETY: inside the cells, which may be written through; the rest is the caller's promise.
-        unsafe {
-            let start = UnsafeCell::raw_get(self.0.as_ptr()).cast::<u8>();
-            std::slice::from_raw_parts_mut(start.add(range.start), range.end - range.start)
-        }
+        // SAFETY: inside the mapping, which no reference covers; the rest is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_ptr().add(range.start), range.end - range.start) }
     }
 }
 

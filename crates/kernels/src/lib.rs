@@ -25,6 +25,7 @@ pub mod conv;
 pub mod delta;
 pub mod formats;
 pub mod kv;
+mod mapped;
 pub mod matmul;
 pub mod norm;
 pub mod packed;

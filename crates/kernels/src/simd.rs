@@ -417,13 +417,7 @@ unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const C: usize>(
         // SAFETY: cells `first..first + C` are inside the block, vectors inside the padded width.
         unsafe {
             if i == 0 {
-                for next in call.next {
-                    let mut at = first * next.len() / BLOCK;
-                    while at < (first + C) * next.len() / BLOCK {
-                        S::prefetch(next.as_ptr().wrapping_add(at));
-                        at += 64;
-                    }
-                }
+                prefetch_cells::<S>(call.next[0], first, C);
             }
             let (q, k) = (q.add(i * width), k.add(first * width));
             let mut sums = [[S::splat(0.0); C]; Q];
@@ -454,6 +448,16 @@ unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const C: usize>(
         }
     }
     Q
+}
+
+/// Asks for the bytes of some cells of a block, where there is one.
+#[inline(always)]
+fn prefetch_cells<S: Simd>(block: &[u8], first: usize, n: usize) {
+    let mut at = first * block.len() / BLOCK;
+    while at < (first + n) * block.len() / BLOCK {
+        S::prefetch(block.as_ptr().wrapping_add(at));
+        at += 64;
+    }
 }
 
 /// Adds the weighted values of the cells that each query sees.
@@ -528,6 +532,9 @@ unsafe fn value_run<S: Simd, E: Element, const Q: usize, const D: usize>(
                 }
             }
             for c in cells.clone() {
+                if i == 0 && d == 0 {
+                    prefetch_cells::<S>(call.next[1], c, 1);
+                }
                 let mut values = [S::splat(0.0); D];
                 for l in 0..D {
                     values[l] = E::load::<S>(v.add(c * width + d + l * S::LANES));

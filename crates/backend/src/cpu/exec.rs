@@ -344,8 +344,12 @@ impl Exec for CpuExec {
         };
         let n_threads = self.team.n_threads();
         let mut writers: Vec<RowWriter<'_>> = std::mem::take(&mut self.writers);
+        let prof = std::env::var("PROF").is_ok()
+            && step.n_rows() == std::env::var("PROFN").map_or(1, |s| s.parse().unwrap());
+        let mut acc: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
         for wave in &self.waves {
             let tasks = &self.tasks[wave.tasks.clone()];
+            let t0 = std::time::Instant::now();
             writers.extend(wave.fills.iter().map(|&store| {
                 // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
                 unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
@@ -371,6 +375,31 @@ impl Exec for CpuExec {
                 });
             }
             writers.clear();
+            if prof {
+                let mut name = String::new();
+                for task in tasks {
+                    match &task.kind {
+                        Kind::Op(op) => {
+                            name += &op.name();
+                            name += "(";
+                            name += &(task.work(&cx) / 1000).to_string();
+                            name += ") ";
+                        }
+                        Kind::Quantize(_) => name += "Quant ",
+                    }
+                }
+                let e = acc.entry(name).or_default();
+                e.0 += t0.elapsed().as_secs_f64() * 1e6;
+                e.1 += 1;
+            }
+        }
+        if prof {
+            let mut v: Vec<_> = acc.into_iter().collect();
+            v.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+            for (k, (t, n)) in v {
+                eprintln!("{t:9.1} us {n:4} x {:7.2}  {k}", t / n as f64);
+            }
+            eprintln!();
         }
         // The same memory, for writers of another lifetime: collecting in place allocates nothing.
         self.writers = writers.into_iter().map(|_| unreachable!("cleared after each wave")).collect();

@@ -144,6 +144,19 @@ impl CpuOp {
         this
     }
 
+    pub fn name(&self) -> String {
+        let d = format!("{:?}", self.op);
+        let n = d.split([' ', '(']).next().unwrap().to_string();
+        match &self.op {
+            Op::MatMul { .. } => format!(
+                "{n}[{}x{} {}]",
+                self.weight().n_in(),
+                self.weight().n_rows(),
+                self.weight().ty_name()
+            ),
+            _ => n,
+        }
+    }
     fn weight(&self) -> &Weight {
         match &self.weight {
             Some(weight) => weight,

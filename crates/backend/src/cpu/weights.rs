@@ -45,6 +45,9 @@ impl Weight {
         })
     }
 
+    pub fn ty_name(&self) -> &'static str {
+        self.format.ty.name()
+    }
     /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows

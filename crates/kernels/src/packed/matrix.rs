@@ -1,8 +1,6 @@
 //! A weight matrix in tiles: `tiles [n_out / 32, n_in / 256]`, one behind the other, in memory of its own.
 //!
-//! The memory is a part of [`TileMemory`]: one anonymous mapping for all matrices of a model, in huge pages where the system
-//! grants them. A matrix alone may be smaller than a huge page, and with ordinary ones a core reads half as fast: what
-//! fetches ahead in hardware stops at the end of each.
+//! The memory is a part of [`TileMemory`], one mapping for all matrices of a model: a matrix alone may be smaller than a huge page.
 //! The last group of rows is filled up with rows of zeros, whose products nobody sees; the last tile of a row is shorter
 //! where the row is not whole blocks of 256 (96 for formats of floats).
 
@@ -10,11 +8,11 @@ use std::ops::Range;
 
 use std::sync::Arc;
 
-use memmap2::{MmapMut, MmapRaw};
 use paceline_gguf::GgmlType;
 
 use super::format::{PackedFormat, ROWS};
 use super::{Ahead, Grain, format};
+use crate::mapped::{LINE, Mapped};
 use crate::shared::SharedMut;
 use crate::team::Team;
 
@@ -50,53 +48,40 @@ pub struct PackedMatrix {
 ///
 /// Pages are committed when a matrix is packed, so a reservation costs nothing before that.
 pub struct TileMemory {
-    mapping: Arc<MmapRaw>,
+    memory: Arc<Mapped>,
     /// The part that no matrix has yet.
     free: Range<usize>,
 }
 
 /// A part of a mapping that belongs to one matrix.
 struct Region {
-    mapping: Arc<MmapRaw>,
+    memory: Arc<Mapped>,
     range: Range<usize>,
 }
 
 impl Region {
     fn bytes(&self) -> &[u8] {
-        // SAFETY: inside the mapping, which lives as long as this; `TileMemory` gives each byte to one region, and only
+        // SAFETY: inside the memory, which lives as long as this; `TileMemory` gives each byte to one region, and only
         // `bytes_mut` writes it.
-        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr().add(self.range.start), self.range.len()) }
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.range.start), self.range.len()) }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        let start = self.range.start;
         // SAFETY: as above, and borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_mut_ptr().add(start), self.range.len()) }
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.as_ptr().add(self.range.start), self.range.len())
+        }
     }
 }
 
-/// Regions lie on lines, as vectors are loaded from them.
-const LINE: usize = 64;
-
 impl TileMemory {
-    /// Room for matrices of these sizes, as [`packed_bytes`] gives them.
+    /// Room for matrices of these sizes, as [`packed_bytes`] gives them. Regions lie on lines, as vectors are loaded from them.
     ///
     /// # Errors
     /// What the system says if it has no memory.
     pub fn reserve(sizes: impl Iterator<Item = usize>) -> std::io::Result<TileMemory> {
-        const HUGE_PAGE: usize = 2 << 20;
-        let bytes: usize = sizes.map(|size| size.next_multiple_of(LINE)).sum();
-        // Huge pages lie on multiples of their size, and the system may put the mapping elsewhere.
-        let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
-        let mapping = MmapRaw::from(MmapMut::map_anon((bytes + slack).max(1))?);
-        #[cfg(target_os = "linux")]
-        if slack > 0 {
-            // A wish: a system without huge pages refuses, and nothing but speed depends on it.
-            let _ = mapping.advise(memmap2::Advice::HugePage);
-        }
-        let start = if slack > 0 { mapping.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        debug_assert!(mapping.as_ptr().addr().is_multiple_of(LINE), "mappings begin on a page");
-        Ok(TileMemory { mapping: Arc::new(mapping), free: start..start + bytes })
+        let bytes = sizes.map(|size| size.next_multiple_of(LINE)).sum();
+        Ok(TileMemory { memory: Arc::new(Mapped::zeroed(bytes)?), free: 0..bytes })
     }
 
     /// The next `bytes`, all zero.
@@ -104,7 +89,7 @@ impl TileMemory {
         let range = self.free.start..self.free.start + bytes;
         assert!(range.end <= self.free.end, "{bytes} bytes of {:?} reserved ones", self.free);
         self.free.start = range.end.next_multiple_of(LINE).min(self.free.end);
-        Region { mapping: self.mapping.clone(), range }
+        Region { memory: self.memory.clone(), range }
     }
 }
 
