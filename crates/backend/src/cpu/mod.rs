@@ -19,9 +19,14 @@ use std::{
     },
 };
 
-use paceline_kernels::{KernelTable, Team, packed::PackedTable};
+use paceline_kernels::{
+    KernelTable, Team,
+    packed::{Grain, PackedMatrix, PackedTable},
+};
 
-use crate::{Backend, Error, Exec, Op, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
+use crate::{
+    Backend, Error, Exec, Op, Plan, PlanWork, Rows, StateConfig, StateDecl, States, WeightId, WeightSource,
+};
 
 use exec::{CpuExec, Kernels, Nanos, SHARE_FROM};
 use states::CpuStates;
@@ -150,5 +155,38 @@ impl Backend for CpuBackend {
         let exec =
             CpuExec::new(plan, states, self.team.clone(), self.kernels, self.packs, |id| self.weight(id));
         Ok(Box::new(exec.share_from(self.share_from)))
+    }
+
+    fn work(&self, plan: &Plan) -> PlanWork {
+        let mut work = PlanWork::default();
+        let n_router = plan.ops.iter().filter(|op| matches!(op, Op::Router { .. })).count();
+        let mut expert_bytes = 0;
+        for op in &plan.ops {
+            let (weight, dst, n_expert, n_used) = match op {
+                Op::MatMul { weight, dst, .. } => (weight, dst, 1, 1),
+                Op::ExpertMatMul { weight, dst, n_expert, ids, .. } => {
+                    (weight, dst, *n_expert, plan.width(*ids))
+                }
+                _ => continue,
+            };
+            let weight = self.weight(*weight);
+            let packed = weight.packed().filter(|_| self.packs);
+            let bytes = packed.map_or(weight.file_bytes(), PackedMatrix::bytes) / n_expert;
+            match op {
+                Op::MatMul { .. } => work.weight_bytes += bytes as u64,
+                _ => expert_bytes += bytes as u64,
+            }
+            let macs = match plan.rows(*dst) {
+                Rows::Batch => &mut work.row,
+                Rows::Output => &mut work.output,
+            };
+            let n = (weight.n_in() * weight.n_rows() / n_expert * n_used) as u64;
+            match packed {
+                Some(packed) if packed.grain() != Grain::F32 => macs.int += n,
+                _ => macs.float += n,
+            }
+        }
+        work.expert_bytes = expert_bytes.checked_div(n_router as u64).unwrap_or(0);
+        work
     }
 }
