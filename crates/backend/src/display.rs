@@ -71,6 +71,20 @@ impl Plan {
             Op::MatMul { weight, bias, src, dst } => {
                 to(*dst, format!("matmul {weight} {src}{}", or(*bias, "bias")))
             }
+            Op::Router { logits, spec, ids, weights } => format!(
+                "{}, {} = router {logits}, {:?}, {}scale {}",
+                self.shape(*ids),
+                self.shape(*weights),
+                spec.score,
+                if spec.normalise { "normalised, " } else { "" },
+                spec.scale
+            ),
+            Op::ExpertMatMul { weight, n_expert, ids, src, dst, .. } => {
+                to(*dst, format!("expert_matmul {weight} {src}, {n_expert} experts, ids {ids}"))
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                to(*dst, format!("weighted_sum {src}, weights {weights}"))
+            }
             Op::RmsNorm { src, weight, dst, eps, group } => {
                 to(*dst, format!("rms_norm {src}{}, groups of {group}, eps {eps:e}", or(*weight, "weight")))
             }

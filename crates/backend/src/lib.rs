@@ -24,8 +24,8 @@ mod schedule;
 mod step;
 mod work;
 
-pub use builder::{Matrix, PlanBuilder, Vector};
-pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
+pub use builder::{Experts, Matrix, PlanBuilder, Routes, Vector};
+pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};

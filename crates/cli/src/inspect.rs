@@ -103,6 +103,30 @@ struct MemoryTable {
     per_draft: u64,
 }
 
+/// What a mixture of experts reads.
+struct Experts {
+    n_expert: u32,
+    n_used: u32,
+    /// Of all experts.
+    bytes: u64,
+    /// Of all weights that one token's forward reads.
+    token_bytes: u64,
+}
+
+fn experts(file: &Gguf) -> Option<Experts> {
+    let count = |key: &str| {
+        let n = file.metadata().u32(&format!("{}.{key}", arch(file)?)).ok().flatten();
+        n.filter(|n| *n > 0)
+    };
+    let (n_expert, n_used) = (count("expert_count")?, count("expert_used_count")?);
+    let of = |wanted: fn(&str) -> bool| -> u64 {
+        file.tensors().iter().filter(|tensor| wanted(&tensor.name)).map(|tensor| tensor.n_bytes).sum()
+    };
+    let bytes = of(|name| name.contains("_exps."));
+    let used = u128::from(bytes) * u128::from(n_used.min(n_expert)) / u128::from(n_expert);
+    Some(Experts { n_expert, n_used, bytes, token_bytes: of(|name| !name.contains("_exps.")) + used as u64 })
+}
+
 fn arch(file: &Gguf) -> Option<&str> {
     file.metadata().str("general.architecture").ok().flatten()
 }
@@ -336,6 +360,13 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
                 table.n_ctx, table.n_ctx_train
             ))?;
             say(format_args!("  weights            {:>10}", bytes(table.weights)))?;
+            if let Some(Experts { n_expert, n_used, bytes: n, token_bytes }) = experts(file) {
+                say(format_args!(
+                    "  of these, experts  {:>10}, {n_used} of {n_expert} for a token, which reads {} in all",
+                    bytes(n),
+                    bytes(token_bytes)
+                ))?;
+            }
             for (name, n_bytes) in &table.kv {
                 say(format_args!("  KV cells, {name:<8} {:>10}", bytes(*n_bytes)))?;
             }
@@ -371,6 +402,9 @@ fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<S
         }),
         Err(why) => json!({ "unknown": why }),
     };
+    let experts = experts(file).map(
+        |e| json!({ "count": e.n_expert, "used": e.n_used, "bytes": e.bytes, "token_bytes": e.token_bytes }),
+    );
     json!({
         "files": file.file_names().collect::<Vec<_>>(),
         "version": file.version(),
@@ -383,6 +417,7 @@ fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<S
         }).collect::<serde_json::Map<_, _>>(),
         "tensors": tensors,
         "memory": memory,
+        "experts": experts,
         "contract": contract,
     })
 }

@@ -89,6 +89,73 @@ fn long_context_scalings_become_keys() {
     assert_eq!(file.metadata().str("qwen3.rope.scaling.type").unwrap(), Some("linear"));
 }
 
+/// Stacks the experts of a layer as newer checkpoints have them: gate and up in one tensor.
+fn fuse_experts(tensors: &mut Vec<edited::Tensor>) {
+    let take = |tensors: &mut Vec<edited::Tensor>, name: &str| {
+        let at = tensors.iter().position(|(n, ..)| n == name)?;
+        Some(tensors.remove(at))
+    };
+    for il in 0.. {
+        let name = |e: usize, part: &str| format!("model.layers.{il}.mlp.experts.{e}.{part}_proj.weight");
+        let (mut gate_up, mut down, mut n_expert) = (Vec::new(), Vec::new(), 0);
+        let (mut n_embd, mut n_ff) = (0, 0);
+        while let Some((_, shape, _, data)) = take(tensors, &name(n_expert, "gate")) {
+            [n_ff, n_embd] = shape[..].try_into().unwrap();
+            gate_up.extend(data);
+            gate_up.extend(take(tensors, &name(n_expert, "up")).unwrap().3);
+            down.extend(take(tensors, &name(n_expert, "down")).unwrap().3);
+            n_expert += 1;
+        }
+        if n_expert == 0 {
+            break;
+        }
+        let (n, f32) = (n_expert as u64, paceline_gguf::safetensors::DType::F32);
+        let experts = format!("model.layers.{il}.mlp.experts.");
+        tensors.push((format!("{experts}gate_up_proj"), vec![n, 2 * n_ff, n_embd], f32, gate_up));
+        tensors.push((format!("{experts}down_proj"), vec![n, n_embd, n_ff], f32, down));
+    }
+}
+
+#[test]
+fn experts_that_are_stacked_already_make_the_same_file() {
+    for name in ["qwen3moe", "qwen35moe", "qwen3next"] {
+        let (stacked, plain) = (edited(name).tensors(fuse_experts).file(), edited(name).file());
+        assert_eq!(stacked.metadata(), plain.metadata());
+        assert_eq!(stacked.tensors().len(), plain.tensors().len());
+        for (a, b) in stacked.tensors().iter().zip(plain.tensors()) {
+            assert!(a.name == b.name && stacked.data(a) == plain.data(b), "{name}: {}", a.name);
+        }
+    }
+}
+
+#[test]
+fn experts_are_quantised_where_their_rows_are_whole_blocks() {
+    // Down projections of 28 inputs fit no block: the converter keeps them at a wider type.
+    let model = edited("qwen3moe").options(|options| options.ty = "bf16".into());
+    let file = model.file();
+    for (name, ty) in [("ffn_gate_inp", "f32"), ("ffn_up_exps", "bf16"), ("ffn_down_exps", "bf16")] {
+        assert_eq!(file.tensor(&format!("blk.0.{name}.weight")).unwrap().ty.name(), ty, "{name}");
+    }
+}
+
+#[test]
+fn a_layer_may_have_an_mlp_among_experts() {
+    let mlp = |name: &str| format!("model.layers.1.mlp.{name}_proj.weight");
+    let model = edited("qwen3moe")
+        .set("mlp_only_layers", json!([1]))
+        .tensors(|tensors| tensors.retain(|(name, ..)| !name.starts_with("model.layers.1.mlp.")))
+        .add(&mlp("gate"), &[64, 48])
+        .add(&mlp("up"), &[64, 48])
+        .add(&mlp("down"), &[48, 64]);
+    let file = model.file();
+    assert!(
+        file.tensor("blk.1.ffn_gate.weight").is_some() && file.tensor("blk.1.ffn_gate_inp.weight").is_none()
+    );
+    assert!(
+        file.tensor("blk.0.ffn_gate.weight").is_none() && file.tensor("blk.0.ffn_gate_inp.weight").is_some()
+    );
+}
+
 #[test]
 fn biases_of_llama_move_with_their_rows() {
     let bias: Vec<u8> = (0..72).flat_map(|i| (i as f32).to_le_bytes()).collect();

@@ -56,7 +56,7 @@ mod table;
 mod tests;
 mod tune;
 
-pub use matrix::{PackError, PackedMatrix, TileMemory, pack, pack_into, packed_bytes};
+pub use matrix::{PackError, PackedMatrix, TileMemory, pack, pack_into, pack_slabs, packed_bytes};
 pub use rows::{ActBlock, Grain, QuantRows, RowWriter};
 pub use table::PackedTable;
 pub use tune::{Ahead, tune};

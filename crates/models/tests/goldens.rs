@@ -157,6 +157,21 @@ fn qwen3() {
 }
 
 #[test]
+fn qwen35moe() {
+    check("qwen35moe", 5e-4);
+}
+
+#[test]
+fn qwen3next() {
+    check("qwen3next", 5e-4);
+}
+
+#[test]
+fn qwen3moe() {
+    check("qwen3moe", 5e-4);
+}
+
+#[test]
 fn llama() {
     check("llama", 2e-3);
 }

@@ -6,7 +6,7 @@ use paceline_kernels::formats::FORMATS;
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, Pairing, PlanBuilder, RopeSpec,
-    StateConfig, StateDecl, StateId,
+    RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
 };
 
 use super::{
@@ -29,6 +29,10 @@ const DIM: usize = 8;
 const CHANNELS: usize = (2 * N_HEAD_K + N_HEAD_V) * DIM;
 /// Wide enough for a wave that is worth sharing.
 const FF: usize = 515;
+const N_EXPERT: usize = 9;
+const N_USED: usize = 3;
+/// A whole block of every format.
+const FF_EXPERT: usize = 256;
 
 /// Checks that all `backends` agree in every bit, with each other and however rows are cut into steps, for every
 /// op and tensor format. Panics at the first difference.
@@ -95,6 +99,16 @@ fn record(p: &mut PlanBuilder<'_>, w: &Weights) -> Buf {
     let h = p.silu_mul(gate, up);
     let h = p.matmul(h, &w.matrix(20));
     let x = p.add(x, h);
+    let logits = p.matmul(x, &w.matrix(21));
+    let spec = RouterSpec { n_used: N_USED, score: RouterScore::Softmax, normalise: true, scale: 1.0 };
+    let routes = p.router(logits, spec);
+    let [gate, up] = [22, 23].map(|i| p.expert_matmul(x, routes, &w.experts(i, N_EXPERT)));
+    let h = p.silu_mul(gate, up);
+    let h = p.expert_matmul(h, routes, &w.experts(24, N_EXPERT));
+    let h = p.weighted_sum(h, routes);
+    let shared = p.matmul(x, &w.matrix(25));
+    let h = p.sigmoid_mul(h, shared);
+    let x = p.add(x, h);
     p.tap(1, x);
     let x = p.select_outputs(x);
     p.matmul(x, &w.matrix(0))
@@ -131,6 +145,11 @@ fn tensors(random: &mut Random, ty: GgmlType) -> Vec<Tensor> {
         matrix([n_embd, FF], ty),
         matrix([n_embd, FF], ty),
         matrix([FF, n_embd], f32),
+        matrix([n_embd, N_EXPERT], f32),
+        matrix([n_embd, N_EXPERT * FF_EXPERT], ty),
+        matrix([n_embd, N_EXPERT * FF_EXPERT], ty),
+        matrix([FF_EXPERT, N_EXPERT * n_embd], ty),
+        matrix([n_embd, 1], f32),
     ]
 }
 

@@ -15,8 +15,8 @@ use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, Error, Exec, HeadMap, KvType, Lane, Op, PageId, Pairing, Plan,
-    PlanWork, RopeSpec, Rows, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut, WeightId,
-    WeightSource,
+    PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SlotId, StateConfig, StateDecl, StateId, States, Step,
+    StepOut, WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -72,6 +72,7 @@ impl Backend for ScalarBackend {
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
         let mut work = PlanWork::default();
         for op in &plan.ops {
+            // Experts are not counted here: how many a step reads is no matter of the plan.
             let Op::MatMul { weight, dst, .. } = op else { continue };
             let n: usize = weights[weight.0 as usize].iter().map(Vec::len).sum();
             work.weight_bytes += (n * size_of::<f64>()) as u64;
@@ -269,6 +270,31 @@ impl ScalarExec {
                 };
                 (dst, all(src).iter().map(product).collect())
             }
+            Op::Router { logits, spec, ids, weights } => {
+                let chosen: Vec<Vec<(usize, f64)>> = all(logits).iter().map(|x| route(x, spec)).collect();
+                let row = |row: &Vec<(usize, f64)>| row.iter().map(|(expert, _)| *expert as f64).collect();
+                second = Some((ids, chosen.iter().map(row).collect()));
+                (weights, chosen.iter().map(|row| row.iter().map(|(_, w)| *w).collect()).collect())
+            }
+            Op::ExpertMatMul { weight, n_expert, n_in, ids, src, dst } => {
+                let w = self.weight(*weight);
+                let n_out = w.len() / n_expert;
+                let row = |(x, ids): (&Vec<f64>, &Vec<f64>)| -> Vec<f64> {
+                    let slots = ids.iter().enumerate().map(|(slot, id)| {
+                        let x = if x.len() == *n_in { x } else { &x[slot * n_in..(slot + 1) * n_in] };
+                        w[*id as usize * n_out..][..n_out].iter().map(|w| dot(w, x)).collect::<Vec<f64>>()
+                    });
+                    slots.collect::<Vec<_>>().concat()
+                };
+                (dst, all(src).iter().zip(&all(ids)).map(row).collect())
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                let n = self.plan.width(*dst);
+                let row = |(x, w): (&Vec<f64>, &Vec<f64>)| -> Vec<f64> {
+                    (0..n).map(|i| w.iter().enumerate().map(|(slot, w)| w * x[slot * n + i]).sum()).collect()
+                };
+                (dst, all(src).iter().zip(&all(weights)).map(row).collect())
+            }
             Op::RmsNorm { src, weight, dst, eps, group } => {
                 let w = weight.map_or(vec![1.0; *group], |w| self.vector(w));
                 (dst, groups(src, *group, &|x| rms_norm(x, &w, *eps)))
@@ -365,7 +391,11 @@ impl ScalarExec {
             }
             Op::SiluMul { gate, up, dst } => (dst, zip(&all(gate), &all(up), |gate, up| silu(gate) * up)),
             Op::SigmoidMul { src, gate, dst } => {
-                (dst, zip(&all(src), &all(gate), |x, gate| x * sigmoid(gate)))
+                let (x, mut gate) = (all(src), all(gate));
+                if self.plan.width(*dst) != gate.first().map_or(0, Vec::len) {
+                    gate.iter_mut().for_each(|gate| *gate = vec![gate[0]; self.plan.width(*dst)]);
+                }
+                (dst, zip(&x, &gate, |x, gate| x * sigmoid(gate)))
             }
             Op::Add { a, b, dst } => (dst, zip(&all(a), &all(b), |a, b| a + b)),
             Op::Columns { src, dst, group, offset, len } => {
@@ -538,6 +568,24 @@ fn rotate(head: &mut [f64], position: u32, rope: &RopeSpec, factors: Option<&[f6
         head[a] = x * angle.cos() - y * angle.sin();
         head[b] = x * angle.sin() + y * angle.cos();
     }
+}
+
+/// The chosen experts and their weights.
+fn route(logits: &[f64], spec: &RouterSpec) -> Vec<(usize, f64)> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+    let score = |x: &f64| match spec.score {
+        RouterScore::Softmax => (x - max).exp() / sum,
+        RouterScore::Sigmoid => sigmoid(*x),
+    };
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // Stable: of equal logits the lower number stays first.
+    order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).expect("logits that are numbers"));
+    let mut ranked: Vec<(usize, f64)> =
+        order[..spec.n_used].iter().map(|&expert| (expert, score(&logits[expert]))).collect();
+    let total = if spec.normalise { ranked.iter().map(|(_, w)| w).sum() } else { 1.0 };
+    ranked.iter_mut().for_each(|(_, w)| *w *= f64::from(spec.scale) / total);
+    ranked
 }
 
 fn rms_norm(x: &[f64], w: &[f64], eps: f32) -> Vec<f64> {

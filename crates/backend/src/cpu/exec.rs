@@ -11,6 +11,7 @@ use paceline_kernels::{
 use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
+    moe::Groups,
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
     ropes::Ropes,
@@ -45,6 +46,8 @@ pub(super) struct CpuExec {
     /// What the stores hold, and the stores.
     shapes: Vec<Store>,
     stores: Vec<QuantRows>,
+    /// What each router of the plan chose.
+    groups: Vec<Groups>,
     share_from: Nanos,
     ropes: Ropes,
     /// Lane of each row of the step.
@@ -60,6 +63,8 @@ struct Wave {
     tasks: Range<usize>,
     /// Stores that they fill, all different, in the order of the tasks.
     fills: Vec<usize>,
+    /// Choices of routers to group before they start.
+    groups: Vec<usize>,
 }
 
 /// A piece of a wave that falls into tiles.
@@ -127,6 +132,7 @@ pub(super) struct Cx<'a> {
     pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
+    groups: SharedMut<'a, Groups>,
 }
 
 impl Cx<'_> {
@@ -215,14 +221,24 @@ impl Cx<'_> {
         unsafe { &self.stores.get(store..store + 1)[0] }
     }
 
-    /// Row `row` of `buf` into stores.
+    /// What a router chose.
+    pub fn groups(&self, router: usize) -> &Groups {
+        // SAFETY: written between waves, when nobody reads (`CpuExec::run`).
+        unsafe { &self.groups.get(router..router + 1)[0] }
+    }
+
+    /// Row `row` of `buf` into stores, in parts where a store's rows are narrower.
     ///
     /// # Safety
     /// Nothing else may write this row of these stores, or `buf`'s, at the same time.
     pub unsafe fn quantize(&self, writers: &[RowWriter<'_>], buf: Buf, row: usize) {
         for writer in writers {
-            // SAFETY: handed on to the caller.
-            unsafe { writer.quantize(self.packed, row, self.row(buf, row)) };
+            let parts = self.row(buf, row).chunks_exact(writer.n_in());
+            let first = row * parts.len();
+            for (part, x) in parts.enumerate() {
+                // SAFETY: handed on to the caller.
+                unsafe { writer.quantize(self.packed, first + part, x) };
+            }
         }
     }
 }
@@ -237,25 +253,24 @@ impl CpuExec {
         weight: impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuExec {
         let schedule = schedule(&plan, |i| match plan.ops[i] {
-            Op::MatMul { weight: id, .. } if packs => weight(id).packed().map(|matrix| matrix.grain()),
+            Op::MatMul { weight: id, .. } | Op::ExpertMatMul { weight: id, .. } if packs => {
+                weight(id).packed().map(|matrix| matrix.grain())
+            }
             _ => None,
         });
         let (mut tasks, mut waves, mut ropes) = (Vec::new(), Vec::new(), Ropes::default());
+        let mut groups: Vec<Groups> = Vec::new();
         for items in schedule.waves {
             let first = tasks.len();
             let (mut fills, mut reads) = (Vec::new(), Vec::new());
+            let n_grouped = groups.len();
             for item in items {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
-                        Kind::Op(CpuOp::new(
-                            &plan.ops[i],
-                            schedule.reads[i],
-                            &plan,
-                            &states,
-                            &mut ropes,
-                            &weight,
-                        ))
+                        let op =
+                            CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &mut ropes, &weight);
+                        Kind::Op(op.with_groups(&mut groups))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
                 };
@@ -265,7 +280,8 @@ impl CpuExec {
             }
             let alone = |i: usize| !fills[..i].contains(&fills[i]) && !reads.contains(&fills[i]);
             assert!((0..fills.len()).all(alone), "a wave fills stores {fills:?} and reads {reads:?}");
-            waves.push(Wave { tasks: first..tasks.len(), fills });
+            let groups = (n_grouped..groups.len()).collect();
+            waves.push(Wave { tasks: first..tasks.len(), fills, groups });
         }
         CpuExec {
             plan,
@@ -277,6 +293,7 @@ impl CpuExec {
             arenas: [Vec::new(), Vec::new()],
             stores: schedule.stores.iter().map(|_| QuantRows::new()).collect(),
             shapes: schedule.stores,
+            groups,
             share_from: SHARE_FROM,
             ropes,
             lane_of_row: Vec::new(),
@@ -308,7 +325,7 @@ impl Exec for CpuExec {
         }
         for (store, shape) in self.stores.iter_mut().zip(&self.shapes) {
             let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
-            store.reset(shape.grain, n, shape.width);
+            store.reset(shape.grain, n * shape.parts, shape.width);
         }
         self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
@@ -341,15 +358,17 @@ impl Exec for CpuExec {
             ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             stores: SharedMut::new(&mut self.stores),
+            groups: SharedMut::new(&mut self.groups),
         };
         let n_threads = self.team.n_threads();
         let mut writers: Vec<RowWriter<'_>> = std::mem::take(&mut self.writers);
-        let prof = std::env::var("PROF").is_ok()
-            && step.n_rows() == std::env::var("PROFN").map_or(1, |s| s.parse().unwrap());
-        let mut acc: std::collections::BTreeMap<String, (f64, usize)> = Default::default();
         for wave in &self.waves {
             let tasks = &self.tasks[wave.tasks.clone()];
-            let t0 = std::time::Instant::now();
+            for &router in &wave.groups {
+                // SAFETY: the wave before is over, and only later ones read what this router chose.
+                let groups = unsafe { &mut cx.groups.range(router..router + 1)[0] };
+                groups.group(cx.all(groups.ids));
+            }
             writers.extend(wave.fills.iter().map(|&store| {
                 // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
                 unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
@@ -375,31 +394,6 @@ impl Exec for CpuExec {
                 });
             }
             writers.clear();
-            if prof {
-                let mut name = String::new();
-                for task in tasks {
-                    match &task.kind {
-                        Kind::Op(op) => {
-                            name += &op.name();
-                            name += "(";
-                            name += &(task.work(&cx) / 1000).to_string();
-                            name += ") ";
-                        }
-                        Kind::Quantize(_) => name += "Quant ",
-                    }
-                }
-                let e = acc.entry(name).or_default();
-                e.0 += t0.elapsed().as_secs_f64() * 1e6;
-                e.1 += 1;
-            }
-        }
-        if prof {
-            let mut v: Vec<_> = acc.into_iter().collect();
-            v.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
-            for (k, (t, n)) in v {
-                eprintln!("{t:9.1} us {n:4} x {:7.2}  {k}", t / n as f64);
-            }
-            eprintln!();
         }
         // The same memory, for writers of another lifetime: collecting in place allocates nothing.
         self.writers = writers.into_iter().map(|_| unreachable!("cleared after each wave")).collect();
@@ -412,5 +406,6 @@ impl Exec for CpuExec {
         };
         out.output_width = copy(plan.output, &mut out.output);
         out.taps_width = copy(plan.taps, &mut out.taps);
+        out.n_experts_read = (0..cx.groups.len()).map(|router| cx.groups(router).n_chosen()).sum();
     }
 }

@@ -21,6 +21,7 @@ use crate::{AttentionOp, Buf, HeadMap, Op, Plan, StateDecl, States, WeightId};
 use super::{
     attention::{Attention, KvPlace, SpanParts},
     exec::{Cx, Nanos},
+    moe::{self, ExpertMatMul, Groups},
     ropes::Ropes,
     states::{CpuStates, DeltaWindow, SlotLayout, shift_in},
     weights::Weight,
@@ -30,7 +31,7 @@ use super::{
 const TILE_VALUES: usize = 8192;
 /// Bytes of a packed matrix that a tile of a product reads: enough that waiting for the first of them does not show, and
 /// at most what stays in the second-level cache while many columns pass over it.
-const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
+pub(super) const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
 /// The least of them for so many columns that waiting is none of the cost: small, so that no thread waits long for the last tile.
 const TILE_BYTES_BUSY: usize = 32 << 10;
 /// From how many columns on.
@@ -61,6 +62,8 @@ pub(super) struct CpuOp {
     weight: Option<Arc<Weight>>,
     /// The store that a product with a packed matrix reads.
     store: Option<usize>,
+    /// The router whose choice a product with experts follows.
+    router: usize,
     /// A bias, a norm's weight, the sinks, or the second of two small weights.
     small: Option<Arc<Weight>>,
     /// Among the plan's.
@@ -84,6 +87,7 @@ impl CpuOp {
         let mut this = CpuOp {
             op: op.clone(),
             store,
+            router: 0,
             weight: None,
             small: None,
             rope: None,
@@ -111,6 +115,12 @@ impl CpuOp {
                 assert_eq!((w.n_in(), w.n_rows()), (plan.width(*src), plan.width(*dst)), "matmul shape");
                 this.weight = Some(w);
                 this.small = bias.map(weight);
+            }
+            Op::ExpertMatMul { weight: id, n_expert, n_in, ids, dst, .. } => {
+                let w = weight(*id);
+                let n_out = plan.width(*dst) / plan.width(*ids);
+                assert_eq!((w.n_in(), w.n_rows()), (*n_in, n_out * n_expert), "expert_matmul shape");
+                this.weight = Some(w);
             }
             Op::RmsNorm { weight: id, .. } => this.weight = id.map(weight),
             Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
@@ -144,19 +154,24 @@ impl CpuOp {
         this
     }
 
-    pub fn name(&self) -> String {
-        let d = format!("{:?}", self.op);
-        let n = d.split([' ', '(']).next().unwrap().to_string();
-        match &self.op {
-            Op::MatMul { .. } => format!(
-                "{n}[{}x{} {}]",
-                self.weight().n_in(),
-                self.weight().n_rows(),
-                self.weight().ty_name()
-            ),
-            _ => n,
-        }
+    /// Finds the router that this op follows, adding it if it is the first to do so.
+    pub fn with_groups(self, groups: &mut Vec<Groups>) -> CpuOp {
+        let Op::ExpertMatMul { ids, n_expert, .. } = self.op else { return self };
+        let known = groups.iter().position(|g| g.ids == ids);
+        let router = known.unwrap_or_else(|| {
+            groups.push(Groups::new(ids, n_expert));
+            groups.len() - 1
+        });
+        CpuOp { router, ..self }
     }
+
+    /// This op as a product with experts, if it is one.
+    fn experts<'a>(&'a self, cx: &'a Cx<'_>) -> Option<ExpertMatMul<'a>> {
+        let Op::ExpertMatMul { n_expert, src, dst, .. } = self.op else { return None };
+        let groups = cx.groups(self.router);
+        Some(ExpertMatMul { weight: self.weight(), packed: self.packed(), n_expert, groups, src, dst })
+    }
+
     fn weight(&self) -> &Weight {
         match &self.weight {
             Some(weight) => weight,
@@ -192,6 +207,9 @@ impl CpuOp {
 
     /// Pieces that this op falls into for the rows of the step.
     pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        if let Some(product) = self.experts(cx) {
+            return product.n_tiles(n_threads);
+        }
         match &self.op {
             Op::MatMul { dst, .. } => match (cx.n_rows(*dst), self.packed()) {
                 (0, _) => 0,
@@ -212,6 +230,9 @@ impl CpuOp {
     /// About how long this op takes one thread. The factors are measured on one machine and right within two or
     /// three times elsewhere, which is enough to tell a wave worth sharing.
     pub fn work(&self, cx: &Cx<'_>) -> Nanos {
+        if let Some(product) = self.experts(cx) {
+            return product.work();
+        }
         let values = |buf: Buf| cx.n_rows(buf) * cx.plan.width(buf);
         match &self.op {
             Op::MatMul { src, dst, .. } => {
@@ -229,6 +250,8 @@ impl CpuOp {
             Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
             Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
             Op::DeltaGates { decay, .. } => 20 * values(*decay),
+            Op::Router { logits, .. } => 2 * values(*logits),
+            Op::WeightedSum { src, .. } => values(*src) / 2,
             Op::KvAppend { k, .. } => 2 * values(*k),
             op => values(row_wise_dst(op)) / 2,
         }
@@ -245,6 +268,9 @@ impl CpuOp {
 
     /// Computes one piece; whole rows go through `writers` too, which are this op's.
     pub fn run(&self, cx: &Cx<'_>, writers: &[RowWriter<'_>], n_threads: usize, tile: usize) {
+        if let Some(product) = self.experts(cx) {
+            return product.run(cx, n_threads, tile);
+        }
         match &self.op {
             Op::MatMul { src, dst, .. } => match self.packed() {
                 Some((w, store)) => {
@@ -338,6 +364,16 @@ impl CpuOp {
                     beta[h] = act::sigmoid(b[h]);
                 }
             }
+            Op::Router { logits, spec, ids, weights } => {
+                // SAFETY: see above; the two destinations are different buffers.
+                let (ids, weights) = unsafe { (cx.row_mut(*ids, row), cx.row_mut(*weights, row)) };
+                moe::route(cx.row(*logits, row), spec, ids, weights);
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                moe::weighted_sum(cx.row(*src, row), cx.row(*weights, row), out);
+            }
             Op::SiluMul { gate, up, dst } => {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
@@ -346,7 +382,13 @@ impl CpuOp {
             Op::SigmoidMul { src, gate, dst } => {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
-                (cx.table.rows.sigmoid_mul)(cx.row(*gate, row), cx.row(*src, row), out);
+                match (cx.row(*gate, row), cx.row(*src, row)) {
+                    (gate, x) if gate.len() == x.len() => (cx.table.rows.sigmoid_mul)(gate, x, out),
+                    (gate, x) => {
+                        let factor = act::sigmoid(gate[0]);
+                        out.iter_mut().zip(x).for_each(|(out, x)| *out = factor * x);
+                    }
+                }
             }
             Op::Add { a, b, dst } => {
                 // SAFETY: see above.
@@ -371,6 +413,7 @@ impl CpuOp {
                 unsafe { cx.row_mut(*dst, row) }.copy_from_slice(cx.row(*src, from));
             }
             Op::MatMul { .. }
+            | Op::ExpertMatMul { .. }
             | Op::KvAppend { .. }
             | Op::Attention(_)
             | Op::ShortConv { .. }
@@ -526,7 +569,7 @@ impl CpuOp {
 }
 
 /// Outputs of a matrix that one tile computes.
-fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
+pub(super) fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
     (n_out / (4 * n_threads)).clamp(16, 64)
 }
 
@@ -541,11 +584,12 @@ fn group_chunk(w: &PackedMatrix, n: usize, n_threads: usize) -> usize {
 pub(super) fn computes_whole_rows(op: &Op) -> bool {
     match op {
         Op::MatMul { .. }
+        | Op::ExpertMatMul { .. }
         | Op::KvAppend { .. }
         | Op::Attention(_)
         | Op::ShortConv { .. }
         | Op::DeltaRule { .. } => false,
-        Op::Place { .. } | Op::DeltaGates { .. } => false,
+        Op::Place { .. } | Op::DeltaGates { .. } | Op::Router { .. } => false,
         op => {
             row_wise_dst(op);
             true
@@ -568,12 +612,16 @@ fn row_wise_dst(op: &Op) -> Buf {
         | Op::SiluMul { dst, .. }
         | Op::SigmoidMul { dst, .. }
         | Op::Add { dst, .. }
+        | Op::WeightedSum { dst, .. }
         | Op::Columns { dst, .. }
         | Op::SelectOutputs { dst, .. } => dst,
         // The source has the width of what is written.
         Op::Place { src, .. } => src,
+        // Ranking the logits is the work.
+        Op::Router { logits, .. } => logits,
         Op::DeltaGates { decay, .. } => decay,
         Op::MatMul { .. }
+        | Op::ExpertMatMul { .. }
         | Op::KvAppend { .. }
         | Op::Attention(_)
         | Op::ShortConv { .. }

@@ -45,9 +45,6 @@ impl Weight {
         })
     }
 
-    pub fn ty_name(&self) -> &'static str {
-        self.format.ty.name()
-    }
     /// Number of rows.
     pub fn n_rows(&self) -> usize {
         self.n_rows
@@ -67,23 +64,25 @@ impl Weight {
         self.tensor().n_bytes as usize
     }
 
-    /// Bytes of the packed matrix, if the format has a packed form and nobody has packed it yet.
-    pub fn to_pack(&self) -> Option<usize> {
-        let bytes = packed::packed_bytes(self.format.ty, self.n_in, self.n_rows)?;
+    /// Bytes of the packed matrix, or of `n_expert` ones, if the format has a packed form and nobody has packed it yet.
+    pub fn to_pack(&self, n_expert: usize) -> Option<usize> {
+        let bytes = packed::packed_bytes(self.format.ty, [self.n_in, self.n_rows / n_expert, n_expert])?;
         self.packed.get().is_none().then_some(bytes)
     }
 
-    /// The packed matrix; the file's pages are given back to the system, and who reads rows finds them again. `progress` is
-    /// told how many bytes were read, by several threads.
+    /// The packed matrix, or the `n_expert` matrices that it is made of; the file's pages are given back to the system, and who
+    /// reads rows finds them again. `progress` is told how many bytes were read, by several threads.
     pub fn pack(
         &self,
+        n_expert: usize,
         memory: &mut TileMemory,
         team: &Team,
         progress: &(dyn Fn(usize) + Sync),
     ) -> Option<PackedMatrix> {
         let tensor = self.tensor();
         let (ty, data) = (self.format.ty, self.file.data(tensor));
-        let packed = packed::pack_into(memory, ty, data, self.n_in, self.n_rows, team, progress);
+        let dims = [self.n_in, self.n_rows / n_expert, n_expert];
+        let packed = packed::pack_into(memory, ty, data, dims, team, progress);
         self.file.release(tensor);
         packed
     }

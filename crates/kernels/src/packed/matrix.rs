@@ -93,9 +93,10 @@ impl TileMemory {
     }
 }
 
-/// Bytes that a matrix takes in [`TileMemory`], or `None` if the type has no packed form.
-pub fn packed_bytes(ty: GgmlType, n_in: usize, n_out: usize) -> Option<usize> {
-    format(ty).map(|format| n_out.div_ceil(ROWS) * group_bytes(format, n_in))
+/// Bytes that `n_slab` matrices `[n_out, n_in]` take in [`TileMemory`], or `None` if the type has no packed form. `dims` as for
+/// [`pack_into`].
+pub fn packed_bytes(ty: GgmlType, [n_in, n_out, n_slab]: [usize; 3]) -> Option<usize> {
+    format(ty).map(|format| n_slab * n_out.div_ceil(ROWS) * group_bytes(format, n_in))
 }
 
 /// Bytes of a group of tiles: whole tiles, and a shorter one at the end.
@@ -120,18 +121,37 @@ pub fn pack(
     team: &Team,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Option<PackedMatrix>, PackError> {
-    let Some(size) = packed_bytes(ty, n_in, n_out) else { return Ok(None) };
+    pack_slabs(ty, bytes, [n_in, n_out, 1], team, progress)
+}
+
+/// [`pack_into`] memory of its own: several matrices, one behind the other.
+///
+/// # Panics
+/// If the bytes are not those of whole rows.
+pub fn pack_slabs(
+    ty: GgmlType,
+    bytes: &[u8],
+    dims: [usize; 3],
+    team: &Team,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<Option<PackedMatrix>, PackError> {
+    let Some(size) = packed_bytes(ty, dims) else { return Ok(None) };
+    let [n_in, n_out, n_slab] = dims;
     let mut memory = TileMemory::reserve([size].into_iter()).map_err(|source| PackError {
-        n_out,
+        n_out: n_out * n_slab,
         n_in,
         bytes: size,
         source,
     })?;
-    Ok(pack_into(&mut memory, ty, bytes, n_in, n_out, team, progress))
+    Ok(pack_into(&mut memory, ty, bytes, dims, team, progress))
 }
 
 /// Packs the rows of a tensor, in parallel; `progress` is told how many bytes of it have been read, piece by piece, by
 /// several threads. `None` if the type has no packed form.
+///
+/// `dims` is `[n_in, n_out, n_slab]`: `n_slab` matrices `[n_out, n_in]` that lie one behind the other, as the experts of a mixture
+/// do, become one. Each begins with a group: slab `s` has the groups from `s · n_out.div_ceil(32)` on. Rows of zeros fill up
+/// its last group.
 ///
 /// # Panics
 /// If the bytes are not those of whole rows, or less than [`packed_bytes`] of memory is left.
@@ -139,19 +159,20 @@ pub fn pack_into(
     memory: &mut TileMemory,
     ty: GgmlType,
     bytes: &[u8],
-    n_in: usize,
-    n_out: usize,
+    [n_in, n_out, n_slab]: [usize; 3],
     team: &Team,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Option<PackedMatrix> {
     let format = format(ty)?;
     assert!(n_in > 0 && n_in.is_multiple_of(ty.block_len()), "a row of {n_in} in {} blocks", ty.name());
     let row_bytes = n_in / ty.block_len() * ty.block_bytes();
-    assert_eq!(bytes.len(), n_out * row_bytes, "bytes of {} weights [{n_out}, {n_in}]", ty.name());
+    let n_rows = n_out * n_slab;
+    assert_eq!(bytes.len(), n_rows * row_bytes, "bytes of {} weights [{n_rows}, {n_in}]", ty.name());
 
     let (tile_bytes, group_bytes) =
         ((format.tile_bytes)(format.grain.block_len()), group_bytes(format, n_in));
-    let n_groups = n_out.div_ceil(ROWS);
+    let slab_groups = n_out.div_ceil(ROWS);
+    let n_groups = n_slab * slab_groups;
     let mut tiles = memory.take(n_groups * group_bytes);
     let tile_len = format.grain.block_len();
     let tile_source_bytes = tile_len / ty.block_len() * ty.block_bytes();
@@ -159,7 +180,8 @@ pub fn pack_into(
     team.for_each(n_groups, &|group| {
         // SAFETY: each group is visited once, and groups do not overlap.
         let tiles = unsafe { shared.range(group * group_bytes..(group + 1) * group_bytes) };
-        let rows = group * ROWS..n_out.min((group + 1) * ROWS);
+        let (slab, first) = (group / slab_groups, group % slab_groups * ROWS);
+        let rows = slab * n_out + first..slab * n_out + n_out.min(first + ROWS);
         for (row, r) in rows.clone().enumerate() {
             let source = &bytes[r * row_bytes..(r + 1) * row_bytes];
             let sources = source.chunks(tile_source_bytes);
@@ -171,6 +193,8 @@ pub fn pack_into(
         }
         progress(rows.len() * row_bytes);
     });
+    // The last slab's last group stays short, as that of a single matrix does.
+    let n_out = (n_slab - 1) * slab_groups * ROWS + n_out;
     Some(PackedMatrix { format, n_in, n_out, tile_bytes, group_bytes, tiles, ahead: Ahead::DEFAULT })
 }
 
