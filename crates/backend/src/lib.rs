@@ -23,7 +23,7 @@ mod plan;
 mod schedule;
 mod step;
 
-pub use builder::{Matrix, PlanBuilder, Vector};
+pub use builder::{Matrix, PlanBuilder, Tap, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SlotId, Step, StepOut};

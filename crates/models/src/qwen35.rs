@@ -2,13 +2,13 @@
 //! state has a fixed size; every fourth attends over the KV cache, with a sigmoid gate on its output.
 //!
 //! The file's `post_attention_norm` is the norm before the feed-forward layer, despite its name. Blocks behind
-//! the main layers are multi-token-prediction heads and are not part of this forward.
+//! the main layers are prediction heads: not part of this forward, but a drafter may ask for one.
 
 use paceline_backend::{Buf, HeadMap, PlanBuilder, StateDecl, StateId, Vector};
 
 use crate::{
     Arch, Error, Hparams, Model, SharedWeights, Weights,
-    blocks::{Attention, AttentionShape, DeltaNet, DeltaNetShape, Ends, Mlp},
+    blocks::{Attention, AttentionShape, DeltaNet, DeltaNetShape, Ends, Mlp, NextN},
 };
 
 /// The architecture.
@@ -129,6 +129,19 @@ impl Model for Qwen35 {
 
     fn shared(&self) -> SharedWeights {
         self.ends.shared()
+    }
+
+    fn prediction_head(&self, w: &Weights) -> Result<Option<NextN>, Error> {
+        let (hp, key) = (&self.hparams, w.key("nextn_predict_layers"));
+        match w.metadata().u32(&key)?.unwrap_or(0) {
+            0 => return Ok(None),
+            1 => {}
+            n => return Err(w.hparam(&key, "1 (chains of heads are not supported yet)", n)),
+        }
+        let prefix = format!("blk.{}.", hp.n_layer);
+        let attention = AttentionShape { gated: true, ..AttentionShape::of(hp) };
+        let ffn = Box::new(Mlp::load(w, &prefix, hp.n_embd, hp.n_ff)?);
+        NextN::load(w, &prefix, hp, self.shared(), attention, ffn).map(Some)
     }
 
     fn record(&self, p: &mut PlanBuilder<'_>) -> Buf {

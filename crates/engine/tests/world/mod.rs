@@ -188,7 +188,7 @@ impl World {
         assert_eq!((usage.n_seq, usage.n_page, usage.bytes), (0, 0, 0), "nothing stays in use");
         let traffic = self.states.traffic();
         assert_eq!((self.states.n_page(), traffic.n_alloc), (0, traffic.n_release), "no page stays behind");
-        if let (Some(log), Some(drafter)) = (&self.log, self.engine.drafter()) {
+        if let (Some(log), [drafter]) = (&self.log, self.engine.drafters()) {
             assert_eq!((log.n_live(), drafter.state_bytes()), (0, 0), "the drafter forgot everybody");
         }
     }

@@ -5,9 +5,11 @@ pub mod decoder;
 pub mod delta_net;
 pub mod embedding;
 pub mod mlp;
+pub mod nextn;
 
 pub use attention::{Attention, AttentionShape};
 pub use decoder::Decoder;
 pub use delta_net::{DeltaNet, DeltaNetShape};
 pub use embedding::Ends;
 pub use mlp::Mlp;
+pub use nextn::{FeedForward, NextN};
