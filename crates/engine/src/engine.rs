@@ -395,7 +395,7 @@ impl Engine {
         calls
     }
 
-    /// One call of a drafter for the slots that want it. Returns those that got nothing.
+    /// One call of a drafter for the slots that want it. Returns those that got nothing and may ask another.
     fn ask(&mut self, index: usize, wanted: &[(usize, usize)], drafts: &mut [Draft]) -> Vec<usize> {
         let begin = self.pace.is_timed().then(|| self.now());
         let drafter = &mut self.drafters[index];
@@ -429,8 +429,9 @@ impl Engine {
                 self.counters.n_bad_drafts += 1;
                 drafter.forget(active.seq);
                 active.stats.dropped.push((drafter.name(), reason.clone()));
-                if !active.chooser.drop_drafter(index) {
-                    active.stats.speculation = SpeculationNote::Faulted(reason);
+                match active.chooser.drop_drafter(index) {
+                    true => empty.push(slot),
+                    false => active.stats.speculation = SpeculationNote::Faulted(reason),
                 }
                 continue;
             }
