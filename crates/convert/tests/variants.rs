@@ -46,7 +46,7 @@ fn a_prediction_head_becomes_one_more_block() {
         let tensor = file.tensor(name).unwrap_or_else(|| panic!("{name}"));
         file.data(tensor).as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect()
     };
-    let original = SafeTensors::open_file(&golden("qwen35-mtp").join("model.safetensors")).unwrap();
+    let original = SafeTensors::open_file(golden("qwen35-mtp").join("model.safetensors")).unwrap();
     for (name, tensor, add) in [
         ("nextn.eh_proj", "fc", 0.0),
         ("nextn.enorm", "pre_fc_norm_embedding", 1.0),

@@ -235,12 +235,12 @@ impl Pace {
 
     /// Settles a step of `m` slots that took `n_rows` rows: `time` is what drafting and forward took in all, or none
     /// if it had other work to do too and must be reckoned.
-    pub fn settle<'a>(
+    pub fn settle(
         &mut self,
         m: usize,
         n_rows: usize,
         time: Option<Duration>,
-        outcomes: &mut dyn Iterator<Item = (&'a mut Chooser, Outcome)>,
+        outcomes: &mut dyn Iterator<Item = (&mut Chooser, Outcome)>,
     ) {
         let costs = self.plain(m).map(|plain| {
             let reckoned = || self.verify.as_ref().and_then(|v| v.estimate(n_rows)).unwrap_or(plain);

@@ -392,11 +392,8 @@ fn log_done(id: RequestId, stats: &Stats, timings: &Timings) {
     for (drafter, reason) in &stats.dropped {
         tracing::warn!(request = id.0, drafter, %reason, "the drafter's output was unusable: this request went on without");
     }
-    match &stats.speculation {
-        SpeculationNote::Useless => {
-            tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
-        }
-        _ => {}
+    if stats.speculation == SpeculationNote::Useless {
+        tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
     }
     tracing::info!(
         request = id.0,
