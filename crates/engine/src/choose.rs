@@ -37,6 +37,8 @@ pub(crate) const PROBING: f64 = 0.03;
 const MARGIN: f64 = 1.02;
 /// Of so many drafts one is by another drafter, or longer than seems best.
 const TURN: u32 = 16;
+/// Plain steps that are measured before the first draft.
+const N_FIRST: u32 = 3;
 /// Steps after which the cost of a plain step is measured anew; at first sooner.
 const REMEASURE: u32 = 256;
 /// Weight of the newest observation of an acceptance, once there are some.
@@ -93,10 +95,13 @@ impl Curve {
 
     fn record(&mut self, n: usize, seconds: f64) {
         let Some((mean, count)) = self.at.get_mut(n) else { return };
-        // The first measurement of all pays for caches and pages; a later one soon outweighs it.
-        let weight = if *count == 0 { 1.0 } else { 0.25 };
-        // A step that the machine was busy beside says little about the step.
-        let seconds = if *count > 3 { seconds.min(4.0 * *mean) } else { seconds };
+        // What a machine does beside, cold caches and pages touched first make a step slower and never faster.
+        let weight = match *count {
+            0 => 1.0,
+            _ if seconds < *mean => 0.5,
+            _ => 0.1,
+        };
+        let seconds = if *count > 0 { seconds.min(4.0 * *mean) } else { seconds };
         *mean += weight * (seconds - *mean);
         *count = count.saturating_add(1);
     }
@@ -208,8 +213,8 @@ impl Pace {
         self.n_plan = self.n_plan.wrapping_add(1);
         let Some(verify) = &self.verify else { return false };
         let Some((_, count)) = verify.at.get(m) else { return true };
-        let due = (4u32 << count.min(&8)).min(REMEASURE);
-        *count == 0 || self.n_plan.wrapping_sub(self.measured_at[m]) >= due
+        let due = (1u32 << count.min(&8)).min(REMEASURE);
+        *count < N_FIRST || self.n_plan.wrapping_sub(self.measured_at[m]) >= due
     }
 
     /// A call of a drafter whose longest draft was asked for `n_draft` tokens.
