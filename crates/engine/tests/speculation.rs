@@ -4,15 +4,23 @@
 mod world;
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use paceline_engine::{Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError};
+use paceline_backend::{StateConfig, Tap};
+use paceline_engine::{
+    Engine, EngineConfig, Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError,
+};
 use paceline_sampling::SamplingParams;
-use paceline_spec::{Draft, Drafter};
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, SeqId};
 use paceline_testkit::{
-    Accept, End, HashKind, HashModel, IM_END, Lie, Scripted, TEXT_END, Token, liar, oracle,
+    Accept, End, HashKind, HashModel, IM_END, Lie, Reading, Scripted, TEXT_END, Token, liar, oracle,
+    tiny_vocab,
 };
 use world::{Prices, Sizes, World, watched};
 
@@ -415,4 +423,74 @@ fn a_slot_goes_on_with_the_drafters_that_are_left() {
         // Who says nothing costs nothing: the next one is asked in the same step.
         assert!(stats.accept_len() > 10.0, "{stats:?}");
     }
+}
+
+/// Reads some columns of the model's taps, and checks that they are the right rows' and its own.
+struct Reads {
+    model: HashModel,
+    taps: &'static [Tap],
+    columns: &'static [usize],
+    readings: HashMap<SeqId, Reading>,
+    n_row: Arc<AtomicU64>,
+}
+
+impl Drafter for Reads {
+    fn name(&self) -> &'static str {
+        "reader"
+    }
+    fn contract(&self) -> String {
+        "reads".to_string()
+    }
+    fn taps(&self) -> &[Tap] {
+        self.taps
+    }
+    fn n_draft_max(&self) -> usize {
+        3
+    }
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft> {
+        requests.iter().map(|r| Draft { tokens: vec![r.anchor], q: vec![0.1], fault: None }).collect()
+    }
+    fn commit(&mut self, kept: &[Kept<'_>]) {
+        for rows in kept {
+            let reading = self.readings.entry(rows.seq).or_insert_with(|| self.model.reading());
+            for (&token, got) in rows.tokens.iter().zip(rows.taps.chunks_exact(self.columns.len())) {
+                reading.push(token);
+                let all = reading.taps();
+                let want: Vec<f32> = self.columns.iter().map(|&column| all[column]).collect();
+                assert_eq!(got, want, "columns {:?} of {:?}", self.columns, rows.seq);
+                self.n_row.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+    fn forget(&mut self, seq: SeqId) {
+        self.readings.remove(&seq);
+    }
+}
+
+#[test]
+fn each_drafter_reads_its_own_taps() {
+    let model = HashModel::new(3, HashKind::Hybrid);
+    let n_row = Arc::new(AtomicU64::new(0));
+    let reads = |taps, columns| {
+        let (model, n_row) = (model.clone(), n_row.clone());
+        Box::new(Reads { model, taps, columns, readings: HashMap::new(), n_row }) as Box<dyn Drafter>
+    };
+    // The model has four columns, which are those of the union.
+    let drafters = vec![
+        reads(&[Tap::Layer(0), Tap::Layer(2), Tap::FinalNorm], &[0, 1, 2]),
+        reads(&[Tap::Layer(3), Tap::Layer(2)], &[3, 1]),
+    ];
+    let config = StateConfig { page_len: 16, ..StateConfig::default() };
+    let (target, _) = model.target(config, 1 << 16);
+    let config = EngineConfig { n_slot: 2, n_ubatch: 8, n_draft_max: 3, ..EngineConfig::default() };
+    let mut engine = Engine::new(target, drafters, tiny_vocab(), config);
+    for id in 0..5 {
+        engine.submit(request(id, "columns of one another")).expect("valid");
+    }
+    let mut events = Vec::new();
+    while engine.has_work() {
+        engine.step(&mut events);
+    }
+    // Twice every row but the last of each answer: 22 + 48 - 1 tokens less what the last step made.
+    assert!(n_row.load(Ordering::Relaxed) > 2 * 5 * 60);
 }
