@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use paceline_backend::{KvType, KvTypes};
 use paceline_sampling::{SamplingParams, samplers};
-use paceline_spec::DRAFTERS;
+use paceline_spec::DrafterKind;
 use paceline_text::{ChatTemplate, ReasoningFormat};
 use serde_json::{Map, Value};
 
@@ -63,7 +63,8 @@ pub struct ModelFlags {
     /// Token for private and gated repositories (-hft)
     #[arg(long, alias = "hft", value_name = "TOKEN", env = "HF_TOKEN", hide_env_values = true)]
     pub hf_token: Option<String>,
-    /// Kinds of speculation: dflash, none
+    /// Who drafts, one or several: dflash, draft (a small model), draft-mtp (the target's own prediction head),
+    /// ngram-simple (copies from the text); none
     #[arg(long, value_name = "KINDS", env = "LLAMA_ARG_SPEC_TYPE", hide_env = true)]
     pub spec_type: Option<String>,
     /// Same as --spec-type dflash
@@ -74,50 +75,24 @@ pub struct ModelFlags {
     pub no_draft: bool,
 }
 
-/// Kinds of speculation that other servers have and that are not built here yet.
-const SPEC_TYPES_TO_COME: &[&str] = &[
-    "draft-simple",
-    "draft",
-    "draft-mtp",
-    "mtp",
-    "draft-eagle3",
-    "eagle3",
-    "draft-dspark",
-    "dspark",
-    "suffix",
-    "lookup",
-    "copyspec",
-    "recycle",
-    "ngram-cache",
-    "ngram-simple",
-    "ngram-map-k",
-    "ngram-map-k4v",
-    "ngram-mod",
-];
-
 impl ModelFlags {
-    /// False if the user wants no speculation. Kinds that do not exist are refused: going on without them would be
-    /// slower than what was asked for, and nobody would know why.
-    pub fn wants_drafter(&self) -> Result<bool> {
-        let kinds =
-            self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).filter(|k| !k.is_empty());
-        let mut wants = None;
-        for kind in kinds {
-            let known = DRAFTERS.iter().any(|d| d.name == kind || d.aliases.contains(&kind));
-            match kind {
-                "none" => wants = wants.or(Some(false)),
-                _ if known => wants = Some(true),
-                _ if SPEC_TYPES_TO_COME.contains(&kind) => bail!(
-                    "--spec-type {kind} is not built yet\nhint: use --spec-type {} with a drafter of that kind, or none",
-                    DRAFTERS[0].name
-                ),
-                _ => bail!(
-                    "--spec-type: expected {} or none, found `{kind}`",
-                    DRAFTERS.iter().map(|d| d.name).collect::<Vec<_>>().join(", ")
-                ),
+    /// The kinds of drafters that the user asks for; empty if there shall be none, and none if nothing was said. Kinds
+    /// that do not exist are refused: going on without them would be slower than what was asked for, and nobody
+    /// would know why.
+    pub fn drafter_kinds(&self) -> Result<Option<Vec<&'static DrafterKind>>> {
+        let dflash = self.dflash.then_some("dflash");
+        let said = self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).chain(dflash);
+        let mut kinds: Option<Vec<&'static DrafterKind>> = None;
+        for name in said.filter(|name| !name.is_empty()) {
+            let kinds = kinds.get_or_insert_default();
+            if name != "none" {
+                let kind = paceline_spec::kind(name).context("--spec-type")?;
+                if !kinds.iter().any(|known| known.name == kind.name) {
+                    kinds.push(kind);
+                }
             }
         }
-        Ok(!self.no_draft && (self.dflash || wants.unwrap_or(true)))
+        Ok(if self.no_draft { Some(Vec::new()) } else { kinds })
     }
 }
 
@@ -201,6 +176,9 @@ pub struct SizeFlags {
         hide_env = true
     )]
     pub spec_draft_n_max: Option<usize>,
+    /// Drafts at full length always, whether that pays or not
+    #[arg(long, alias = "draft-fixed")]
+    pub spec_draft_fixed: bool,
 }
 
 impl SizeFlags {
@@ -532,19 +510,27 @@ mod tests {
 
     #[test]
     fn kinds_of_speculation() {
-        let check = |kinds: &str, expected: Result<bool, &str>| {
+        let check = |kinds: &str, expected: Result<&[&str], &str>| {
             let flags = ModelFlags { spec_type: Some(kinds.to_string()), ..ModelFlags::default() };
-            let got = flags.wants_drafter().map_err(|e| e.to_string());
+            let got = flags.drafter_kinds().map_err(|e| format!("{e:#}"));
+            let got = got.map(|kinds| kinds.unwrap_or_default().iter().map(|k| k.name).collect::<Vec<_>>());
             match expected {
-                Ok(wants) => assert_eq!(got, Ok(wants), "{kinds}"),
+                Ok(names) => assert_eq!(got.as_deref(), Ok(names), "{kinds}"),
                 Err(part) => assert!(got.as_ref().is_err_and(|e| e.contains(part)), "{kinds}: {got:?}"),
             }
         };
-        check("dflash", Ok(true));
-        check("draft-dflash", Ok(true));
-        check("none", Ok(false));
-        check("none,dflash", Ok(true));
-        check("draft-mtp", Err("not built yet"));
-        check("dflsh", Err("expected dflash or none"));
+        check("dflash", Ok(&["dflash"]));
+        check("draft-dflash", Ok(&["dflash"]));
+        check("none", Ok(&[]));
+        check("none,dflash", Ok(&["dflash"]));
+        check("dflash, draft-mtp,ngram,mtp", Ok(&["dflash", "draft-mtp", "ngram-simple"]));
+        check("draft-simple", Ok(&["draft"]));
+        for name in ["ngram-map-k", "ngram-mod", "ngram-cache", "eagle3", "dspark", "suffix"] {
+            check(name, Err(&format!("--spec-type: `{name}` is not supported: ")));
+        }
+        assert!(ModelFlags::default().drafter_kinds().unwrap().is_none());
+        let none = ModelFlags { no_draft: true, dflash: true, ..ModelFlags::default() };
+        assert_eq!(none.drafter_kinds().unwrap().map(|kinds| kinds.len()), Some(0));
+        check("dflsh", Err("expected dflash, draft-mtp, draft, ngram-simple or none, found `dflsh`"));
     }
 }

@@ -132,7 +132,7 @@ fn arch(file: &Gguf) -> Option<&str> {
 }
 
 fn is_drafter(file: &Gguf) -> bool {
-    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| (kind.recognises)(arch)))
+    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| kind.recognises(arch)))
 }
 
 fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
@@ -203,6 +203,7 @@ fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>
         target: &*model,
         states: StateConfig::default(),
         n_cell_max: 0,
+        n_draft_max: None,
     })?;
     Ok(Some(drafter.contract()))
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, Step, StepOut, cpu::CpuBackend};
+use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, Step, StepOut, Tap, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -29,7 +29,7 @@ impl Rig {
         let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
         let model = paceline_models::load(&file, &backend).unwrap();
         let n_layer = model.hparams().n_layer;
-        let taps: Vec<usize> = (0..n_layer).collect();
+        let taps: Vec<Tap> = (0..n_layer).map(Tap::Layer).collect();
         let mut p = PlanBuilder::new(&taps);
         let logits = model.record(&mut p);
         let plan = Arc::new(p.finish(Some(logits)));

@@ -386,14 +386,15 @@ impl<'a> Curve<'a> {
     }
 }
 
-/// The drafter, with room for a sequence of that depth and a few short ones.
+/// The first drafter, with room for a sequence of that depth and a few short ones.
 fn drafter(loaded: &Loaded, depth: usize) -> Result<Option<Box<dyn Drafter>>> {
-    let Some(file) = &loaded.drafter_file else { return Ok(None) };
-    Ok(Some(paceline_spec::load(&LoadDrafter {
+    let Some((kind, file)) = loaded.drafters.first() else { return Ok(None) };
+    Ok(Some((kind.load)(&LoadDrafter {
         file: file.clone(),
         backend: &loaded.backend,
         target: &*loaded.model,
         states: StateConfig { kv: loaded.sizes.kv_draft, ..StateConfig::default() },
         n_cell_max: depth + 1024,
+        n_draft_max: loaded.sizes.n_draft_wanted,
     })?))
 }

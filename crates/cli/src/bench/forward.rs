@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
-use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut};
+use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::{Drafter, Kept};
 
@@ -27,8 +27,8 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these layers tapped.
-    pub fn new(loaded: &Loaded, taps: &[usize], n_cell: usize, n_row_max: usize) -> Result<Rig> {
+    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these states tapped.
+    pub fn new(loaded: &Loaded, taps: &[Tap], n_cell: usize, n_row_max: usize) -> Result<Rig> {
         let mut plan = PlanBuilder::new(taps);
         let logits = loaded.model.record(&mut plan);
         let plan: Arc<Plan> = Arc::new(plan.finish(Some(logits)));

@@ -19,8 +19,13 @@ fn what_would_change_answers_is_refused() {
     };
     check(&["--lora", "a.gguf"], &["--lora a.gguf: not supported"]);
     check(&["--rope-scaling", "yarn"], &["--rope-scaling yarn: not supported"]);
-    check(&["--spec-type", "draft-mtp"], &["draft-mtp is not built yet", "hint:"]);
-    check(&["--spec-type", "dflas"], &["expected dflash or none, found `dflas`"]);
+    check(&["--spec-type", "draft-mtp"], &["nextn_predict_layers", "prediction head", "paceline convert"]);
+    check(&["--spec-type", "dflas"], &["ngram-simple or none, found `dflas`"]);
+    check(&["--spec-type", "eagle3"], &["`eagle3` is not supported", "not built yet"]);
+    check(&["--spec-type", "ngram-mod"], &["`ngram-mod` is not supported", "shared by all users"]);
+    check(&["--spec-type", "dflash,draft"], &["only one kind can have the drafter's file", "hint:"]);
+    check(&["--spec-type", "draft"], &["expected a drafter of kind draft, found dflash", "hint:"]);
+    check(&["--spec-type", "ngram-simple", "-md", "x.gguf"], &["reads no file of its own", "hint:"]);
     check(&["-ctk", "q3_k"], &["expected one of f32, f16, bf16, q8_0, q5_0, q4_1, q4_0, iq4_nl", "q3_k"]);
     check(&["-ctvd", "q6"], &["expected one of f32", "q6"]);
     check(&["-c", "1"], &["-c 1", "expected at least 2"]);

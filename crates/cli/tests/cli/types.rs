@@ -99,7 +99,7 @@ fn check(path: &str, bound: f64, floor: f64) {
         let args = ["run", "-m", path, "-p", prompt, "-n", "96", "--temp", "0", "--json"];
         paceline(&[&args[..], drafting].concat()).json()
     };
-    let (drafted, plain) = (run(&["-md", &drafter]), run(&["--no-draft"]));
+    let (drafted, plain) = (run(&["-md", &drafter, "--draft-fixed"]), run(&["--no-draft"]));
     assert_eq!(drafted["tokens"], plain["tokens"], "{path}");
     let accept_len = drafted["speculation"]["accept_len"].as_f64().unwrap();
     eprintln!("{path}: divergence {divergence:.6}, {accept_len:.2} tokens per forward");

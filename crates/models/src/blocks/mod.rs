@@ -8,6 +8,7 @@ pub mod ffn;
 pub mod hybrid;
 pub mod mlp;
 pub mod moe;
+pub mod nextn;
 
 pub use attention::{Attention, AttentionShape};
 pub use decoder::Decoder;
@@ -17,3 +18,4 @@ pub use ffn::{Ffn, FfnShape};
 pub use hybrid::Hybrid;
 pub use mlp::Mlp;
 pub use moe::{Moe, MoeShape};
+pub use nextn::NextN;

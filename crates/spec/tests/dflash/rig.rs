@@ -200,7 +200,8 @@ impl Target {
 
     /// A drafter that may hold `n_cell_max` rows over all sequences.
     pub fn load_with_room(&self, file: Arc<Gguf>, n_cell_max: usize) -> Result<Box<dyn Drafter>, LoadError> {
-        load(&LoadDrafter { file, backend: &self.backend, target: &*self.model, states: STATES, n_cell_max })
+        let (backend, target) = (&self.backend, &*self.model);
+        load(&LoadDrafter { file, backend, target, states: STATES, n_cell_max, n_draft_max: None })
     }
 }
 
