@@ -13,13 +13,14 @@ import sys
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import (Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
                           Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
                           Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM)
 
 import dflash_reference
+import mtp_reference
 import tiny_tokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -113,6 +114,8 @@ TARGETS = {
     "qwen35-tied": ("qwen35", lambda ids: qwen35(ids, 5, 4, 3, 6, True, 119), 101),
     "qwen3": ("qwen2", qwen3, 102),
     "llama": ("llama-bpe", llama, 103),
+    # With a prediction head, which transformers leaves out and `make_head` adds.
+    "qwen35-mtp": ("qwen35", lambda ids: qwen35(ids, 4, 3, 2, 6, False, 131), 104),
     # Seeds with which no router comes near a tie, and rounding in f32 grows little on its way through delta rules.
     "qwen3moe": ("qwen2", qwen3moe, 100),
     # R = 3 and Hk = 2 as in `qwen35`, R = 2 and Hk = 3: tiled and grouped value heads differ in both.
@@ -251,7 +254,7 @@ def make_target(name):
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, logits in "
           f"[{logits.min():.2f}, {logits.max():.2f}], last hidden rms {hidden[-1].pow(2).mean().sqrt():.2f}, "
           f"decode gap {gap:.1e}, router margin {margin:.1e}")
-    return model, ids, tokens, hidden
+    return model, ids, tokens, hidden, norm
 
 
 def save(tensors, path):
@@ -312,12 +315,48 @@ def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
     print(f"{name}: {len(POINTS)} points, dense against incremental {worst:.1e}")
 
 
+# Points of the sequence at which the head drafts: (committed tokens, anchor or None for the sequence's own token).
+HEAD_POINTS = [(1, None), (2, None), (3, 5), (16, None), (17, 77), (40, None), (75, 33)]
+N_HEAD_DRAFT = 4
+
+
+@torch.no_grad()
+def make_head(name, seed, target, tokens, norm):
+    """Adds a random prediction head to a checkpoint, and what it drafts to the goldens."""
+    folder, gen = HERE / name, torch.Generator().manual_seed(seed)
+    config = json.loads((folder / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    head = {}
+    for key, shape in mtp_reference.shapes(config).items():
+        noise = torch.randn(shape, generator=gen)
+        head[key] = 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+    save(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+
+    f64 = lambda t: t.detach().double()
+    reference = mtp_reference.Head(config, {k: f64(v) for k, v in head.items()}, f64(target.model.embed_tokens.weight),
+                                   f64(target.lm_head.weight))
+    out, rows, gap = load_file(folder / "golden.safetensors"), [], float("inf")
+    for i, (n, anchor) in enumerate(HEAD_POINTS):
+        anchor = int(tokens[n]) if anchor is None else anchor
+        rows.append([n, anchor])
+        logits = reference.draft(tokens[:n], f64(norm[:n]), anchor, N_HEAD_DRAFT)
+        top = logits.topk(2).values
+        gap = min(gap, (top[:, 0] - top[:, 1]).min().item())
+        out[f"head.{i}.logits"] = logits
+    assert gap > 0.01, f"{name}: a greedy draft hangs on a difference of {gap}; choose another seed"
+    out["head_points"] = torch.tensor(rows, dtype=torch.int32)
+    save(out, folder / "golden.safetensors")
+    print(f"{name}: {len(rows)} points, smallest lead of a choice {gap:.3f}")
+
+
 def main():
     torch.set_num_threads(1)
     wanted = sys.argv[1:] or [*TARGETS, "dflash"]
     for name in TARGETS:
         if name in wanted or (name == "qwen35" and "dflash" in wanted):
-            model, ids, tokens, hidden = make_target(name)
+            model, ids, tokens, hidden, norm = make_target(name)
+            if name == "qwen35-mtp":
+                make_head(name, 12, model, tokens, norm)
             if name == "qwen35" and "dflash" in wanted:
                 make_drafter("dflash", 7, model, ids, tokens, hidden)
                 make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, is_causal=False)

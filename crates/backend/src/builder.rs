@@ -49,33 +49,43 @@ pub struct Routes {
     pub n_expert: usize,
 }
 
+/// A hidden state that somebody outside the plan wants to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tap {
+    /// The residual stream behind a layer, counted from 0, before any norm.
+    Layer(usize),
+    /// What the head reads: the last layer's output behind the model's final norm.
+    FinalNorm,
+}
+
+impl From<usize> for Tap {
+    fn from(il: usize) -> Tap {
+        Tap::Layer(il)
+    }
+}
+
 /// Records ops. Shapes are proven when weights are loaded, so a mismatch here is a bug and panics with both
 /// shapes.
 pub struct PlanBuilder<'a> {
     ops: Vec<Op>,
     bufs: Vec<BufDecl>,
-    tap_layers: &'a [usize],
+    wanted: &'a [Tap],
+    n_tapped: usize,
     taps: Option<Buf>,
-    n_tap: usize,
 }
 
 impl<'a> PlanBuilder<'a> {
-    /// A recorder that keeps the hidden states after the layers of `tap_layers`, in that order.
-    pub fn new(tap_layers: &'a [usize]) -> Self {
-        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), tap_layers, taps: None, n_tap: 0 }
+    /// A recorder that keeps the hidden states at `taps`, side by side in that order.
+    pub fn new(taps: &'a [Tap]) -> Self {
+        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), wanted: taps, n_tapped: 0, taps: None }
     }
 
     /// The finished plan; `output` is what [`StepOut::output`](crate::StepOut) will hold.
     ///
-    /// Panics if a tap layer was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
+    /// Panics if a tap was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
     /// computing what nobody wants is a slip in the model's code.
     pub fn finish(self, output: Option<Buf>) -> Plan {
-        assert_eq!(
-            self.n_tap,
-            self.tap_layers.len(),
-            "tap layers {:?} were not all reached",
-            self.tap_layers
-        );
+        assert_eq!(self.n_tapped, self.wanted.len(), "taps {:?} were not all reached", self.wanted);
         let plan = Plan::new(self.ops, self.bufs, output, self.taps);
         if let Some(op) = plan.unread() {
             panic!("nothing reads the result of {op:?} in\n{plan}");
@@ -387,18 +397,23 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
-    /// Offers the hidden state after layer `il`; kept only if somebody asked for it.
-    pub fn tap(&mut self, il: usize, x: Buf) {
+    /// True if somebody asked for the hidden state at `tap`.
+    pub fn is_tapped(&self, tap: Tap) -> bool {
+        self.wanted.contains(&tap)
+    }
+
+    /// Offers the hidden state at `tap` (a layer's index, or another place); kept only if somebody asked for it.
+    pub fn tap(&mut self, tap: impl Into<Tap>, x: Buf) {
         self.all_rows("tap", x);
-        let width = self.width(x);
-        for (i, _) in self.tap_layers.iter().enumerate().filter(|&(_, &layer)| layer == il) {
+        let (tap, width) = (tap.into(), self.width(x));
+        for (i, _) in self.wanted.iter().enumerate().filter(|&(_, &wanted)| wanted == tap) {
             let dst = match self.taps {
                 Some(taps) => taps,
-                None => self.buf(width * self.tap_layers.len(), Rows::Batch),
+                None => self.buf(width * self.wanted.len(), Rows::Batch),
             };
             self.taps = Some(dst);
+            self.n_tapped += 1;
             self.ops.push(Op::Place { src: x, dst, column: i * width });
-            self.n_tap += 1;
         }
     }
 
@@ -429,7 +444,7 @@ mod tests {
 
     /// `record` is given rows of 6 values, rows of 4, and output rows of 4; it must panic with `message`.
     fn check(record: impl Fn(&mut PlanBuilder<'_>, [Buf; 3]), message: &str) {
-        let mut p = PlanBuilder::new(&[0]);
+        let mut p = PlanBuilder::new(&[Tap::Layer(0)]);
         let (six, four) = (p.input(6), p.input(4));
         let out = p.select_outputs(four);
         let panic = catch_unwind(AssertUnwindSafe(|| {
@@ -548,7 +563,7 @@ mod tests {
 
     #[test]
     fn a_plan_must_reach_its_taps_and_use_what_it_computes() {
-        check(|_, _| (), "tap layers [0] were not all reached");
+        check(|_, _| (), "taps [Layer(0)] were not all reached");
         check(|p, [six, ..]| p.tap(0, six), "nothing reads the result of SelectOutputs");
         // What only a state sees is read.
         let mut p = PlanBuilder::new(&[]);

@@ -132,7 +132,7 @@ fn arch(file: &Gguf) -> Option<&str> {
 }
 
 fn is_drafter(file: &Gguf) -> bool {
-    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| (kind.recognises)(arch)))
+    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| kind.recognises(arch)))
 }
 
 fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
@@ -149,14 +149,17 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
         return Err(format!("architecture `{name}` is not supported; supported: {}", known.join(", ")));
     };
     let n_ctx = ctx.unwrap_or(n_ctx_train);
-    let need = |kv, n| MemoryNeed::new(&states, kv, n);
+    let need = |kv: KvType, n| MemoryNeed::new(&states, kv.into(), n);
+    let fits = |kv: &KvType| states.iter().all(|state| state.check_kv((*kv).into()).is_ok());
     Ok(MemoryTable {
         n_ctx,
         n_ctx_train,
         weights: file.tensors().iter().map(|tensor| tensor.n_bytes).sum(),
-        kv: [("f16", KvType::F16), ("f32", KvType::F32)]
-            .map(|(name, kv)| (name, need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
-            .to_vec(),
+        kv: KvType::ALL
+            .into_iter()
+            .filter(fits)
+            .map(|kv| (kv.name(), need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
+            .collect(),
         slot: need(KvType::F16, 0).slot_bytes,
         per_draft: need(KvType::F16, 1).slot_bytes - need(KvType::F16, 0).slot_bytes,
     })
@@ -200,6 +203,7 @@ fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>
         target: &*model,
         states: StateConfig::default(),
         n_cell_max: 0,
+        n_draft_max: None,
     })?;
     Ok(Some(drafter.contract()))
 }
@@ -365,7 +369,7 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
                 ))?;
             }
             for (name, n_bytes) in &table.kv {
-                say(format_args!("  KV cells, {name}      {:>10}", bytes(*n_bytes)))?;
+                say(format_args!("  KV cells, {name:<8} {:>10}", bytes(*n_bytes)))?;
             }
             say(format_args!(
                 "  recurrent state    {:>10} a slot, {} more for each drafted token",

@@ -3,6 +3,7 @@
 mod edited;
 
 use edited::{edited, golden};
+use paceline_gguf::safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 #[test]
@@ -22,26 +23,53 @@ fn a_multimodal_checkpoint_gives_its_text_model() {
     let model = edited("qwen35")
         .config(nested)
         .rename(|name| name.replace("model.", "model.language_model."))
-        .add("model.visual.blocks.0.norm1.weight", &[4])
-        .add("mtp.fc.weight", &[40, 80])
-        .add("mtp.layers.0.input_layernorm.weight", &[40]);
+        .add("model.visual.blocks.0.norm1.weight", &[4]);
     let report = model.convert().unwrap();
     let skipped: Vec<_> =
         report.skipped.iter().map(|skipped| (skipped.tensor.as_str(), skipped.reason)).collect();
-    assert_eq!(
-        skipped,
-        [
-            ("mtp.fc.weight", "multi-token prediction is not used yet"),
-            ("mtp.layers.0.input_layernorm.weight", "multi-token prediction is not used yet"),
-            ("model.visual.blocks.0.norm1.weight", "not part of the text model"),
-        ]
-    );
+    assert_eq!(skipped, [("model.visual.blocks.0.norm1.weight", "not part of the text model")]);
     // Apart from its name, the file is the one of the text-only checkpoint.
     let (nested, plain) = (model.file(), edited("qwen35").file());
     assert_eq!(nested.metadata(), plain.metadata());
     for (a, b) in nested.tensors().iter().zip(plain.tensors()) {
         assert!(a.name == b.name && nested.data(a) == plain.data(b), "{}", a.name);
     }
+}
+
+#[test]
+fn a_prediction_head_becomes_one_more_block() {
+    let file = edited("qwen35-mtp").file();
+    let metadata = file.metadata();
+    assert_eq!(metadata.u32("qwen35.block_count").unwrap(), Some(5));
+    assert_eq!(metadata.u32("qwen35.nextn_predict_layers").unwrap(), Some(1));
+    let values = |name: &str| -> Vec<f32> {
+        let tensor = file.tensor(name).unwrap_or_else(|| panic!("{name}"));
+        file.data(tensor).as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect()
+    };
+    let original = SafeTensors::open_file(golden("qwen35-mtp").join("model.safetensors")).unwrap();
+    for (name, tensor, add) in [
+        ("nextn.eh_proj", "fc", 0.0),
+        ("nextn.enorm", "pre_fc_norm_embedding", 1.0),
+        ("nextn.hnorm", "pre_fc_norm_hidden", 1.0),
+        ("nextn.shared_head_norm", "norm", 1.0),
+        ("attn_norm", "layers.0.input_layernorm", 1.0),
+        ("post_attention_norm", "layers.0.post_attention_layernorm", 1.0),
+        ("attn_q", "layers.0.self_attn.q_proj", 0.0),
+        ("attn_q_norm", "layers.0.self_attn.q_norm", 1.0),
+        ("ffn_down", "layers.0.mlp.down_proj", 0.0),
+    ] {
+        let mut want = original.to_f32(&format!("mtp.{tensor}.weight")).unwrap();
+        want.iter_mut().for_each(|x| *x += add);
+        assert_eq!(values(&format!("blk.4.{name}.weight")), want, "{name}");
+    }
+    // Saved again without its head, the checkpoint says so in the config alone.
+    let without = edited("qwen35-mtp").tensors(|tensors| tensors.retain(|t| !t.0.starts_with("mtp."))).file();
+    assert_eq!(without.metadata().u32("qwen35.block_count").unwrap(), Some(4));
+    assert!(!without.metadata().contains("qwen35.nextn_predict_layers"));
+    let several = edited("qwen35-mtp").set("mtp_num_hidden_layers", json!(2));
+    let report = several.convert().unwrap();
+    assert_eq!(report.skipped.len(), 15, "{:?}", report.skipped);
+    assert!(report.skipped[0].reason.contains("several layers"));
 }
 
 #[test]

@@ -27,6 +27,7 @@ fn engine(n_slot: usize) -> Engine {
         target: &*model,
         states: config,
         n_cell_max: 1 << 16,
+        n_draft_max: None,
     };
     let drafter = paceline_spec::load(&request).unwrap();
     let mut p = PlanBuilder::new(drafter.taps());

@@ -72,7 +72,7 @@ impl Drafter for Helped {
         self.inner.contract()
     }
 
-    fn taps(&self) -> &[usize] {
+    fn taps(&self) -> &[paceline_backend::Tap] {
         self.inner.taps()
     }
 
@@ -125,7 +125,14 @@ fn answers(
     let states = StateConfig { page_len: 16, ..StateConfig::default() };
     let drafter = known.map(|known| {
         let file = random_drafter();
-        let load = LoadDrafter { file, backend: &backend, target: &*model, states, n_cell_max: 1 << 14 };
+        let load = LoadDrafter {
+            file,
+            backend: &backend,
+            target: &*model,
+            states,
+            n_cell_max: 1 << 14,
+            n_draft_max: None,
+        };
         let inner = paceline_spec::load(&load).unwrap();
         Box::new(Helped { inner, known, committed: HashMap::new() }) as Box<dyn Drafter>
     });

@@ -83,6 +83,7 @@ pub fn softcap(x: f32, cap: f32) -> f32 {
 }
 
 /// `out[i] = silu(gate[i]) · up[i]`, the gate of a SwiGLU feed-forward.
+#[inline(always)]
 pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     gated(gate, up, out, silu);
 }
@@ -94,6 +95,7 @@ pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 /// `out[i] = sigmoid(gate[i]) · x[i]`, an attention's output gate.
+#[inline(always)]
 pub fn sigmoid_mul(gate: &[f32], x: &[f32], out: &mut [f32]) {
     gated(gate, x, out, sigmoid);
 }
@@ -112,7 +114,16 @@ pub fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
     out.iter_mut().zip(x).for_each(|(out, x)| *out = factor * x);
 }
 
-#[inline]
+/// `out = a + b`.
+#[inline(always)]
+pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
+    assert_eq!((a.len(), b.len()), (out.len(), out.len()), "terms and their sum");
+    for ((a, b), out) in a.iter().zip(b).zip(out) {
+        *out = a + b;
+    }
+}
+
+#[inline(always)]
 fn gated(gate: &[f32], x: &[f32], out: &mut [f32], act: impl Fn(f32) -> f32) {
     assert_eq!(gate.len(), x.len(), "a gate and what it gates");
     assert_eq!(gate.len(), out.len(), "a gate and its output");

@@ -58,7 +58,7 @@ impl Parts {
         let model = paceline_models::load(&self.file(), &backend).map_err(|e| e.to_string())?;
         let mut p = PlanBuilder::new(&[]);
         let logits = model.record(&mut p);
-        let config = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+        let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 16 };
         let states = backend.alloc_states(model.states(), config).unwrap();
         let mut exec = backend.compile(Arc::new(p.finish(Some(logits))), &states).unwrap();
         let mut memory = Memory::new(states, 4096);

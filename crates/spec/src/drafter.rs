@@ -1,5 +1,6 @@
 //! The interface of a source of drafts.
 
+use paceline_backend::Tap;
 use paceline_memory::SeqId;
 use paceline_sampling::Sampler;
 
@@ -39,7 +40,7 @@ pub struct Kept<'a> {
     pub first_position: usize,
     /// The rows' tokens.
     pub tokens: &'a [Token],
-    /// `[tokens.len(), width]`: the tapped states of the rows, layers side by side in the order of
+    /// `[tokens.len(), width]`: the tapped states of the rows, side by side in the order of
     /// [`Drafter::taps`].
     pub taps: &'a [f32],
 }
@@ -50,8 +51,8 @@ pub trait Drafter: Send {
     fn name(&self) -> &'static str;
     /// One line with what was understood of the file: the line that settles "low acceptance" reports.
     fn contract(&self) -> String;
-    /// Target layers whose outputs [`commit`](Self::commit) wants to see.
-    fn taps(&self) -> &[usize] {
+    /// Hidden states of the target that [`commit`](Self::commit) wants to see.
+    fn taps(&self) -> &[Tap] {
         &[]
     }
     /// The most tokens that one draft can have.

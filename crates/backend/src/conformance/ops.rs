@@ -98,6 +98,20 @@ fn format_cases(random: &mut Random, ty: GgmlType, tolerance: Tolerance) -> Vec<
     cases.push(case(&format!("embed {name}, scaled"), 0, table(random), tolerance.other, &|p, w| {
         p.embed(&w.matrix(0), 11.3)
     }));
+    let wide = 2 * width;
+    let halves = vec![Tensor::random(random, [wide, 67], ty, 1.0)];
+    let agree = match block {
+        1 => Agree::within(tolerance.other),
+        _ => Agree::Within { tolerance: tolerance.matmul, size: (wide as f64).sqrt() / 3.0 },
+    };
+    let halves = case(&format!("matmul {name} of rows side by side"), wide, halves, 0.0, &|p, w| {
+        let x = p.input(w.matrix(0).n_in);
+        let half = w.matrix(0).n_in / 2;
+        let (a, b) = (p.columns(x, 2 * half, 0, half), p.columns(x, 2 * half, half, half));
+        let x = p.concat(&[b, a]);
+        p.matmul(x, &w.matrix(0))
+    });
+    cases.push(Case { agree, ..halves });
     let widths = if block == 1 { [1, 77, 300] } else { [block, 2 * block, 3 * block] };
     for (n_in, n_out) in [(widths[0], 1), (widths[1], 5), (widths[2], 67), (widths[1], 259)] {
         let tensors = |random: &mut Random| {

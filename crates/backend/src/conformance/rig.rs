@@ -7,7 +7,7 @@ use paceline_kernels::formats::quantize_rows;
 
 use crate::{
     Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageId, PlanBuilder, SlotId, StateConfig, StateDecl,
-    States, Step, StepOut, Vector, WeightId, WeightSource,
+    States, Step, StepOut, Tap, Vector, WeightId, WeightSource,
 };
 
 use super::random::Random;
@@ -147,7 +147,8 @@ impl Rig {
             let weights = Weights::upload(*backend, &file)?;
             let states = backend.alloc_states(&setup.states, setup.config)?;
             let compile = |record: &Record<'_>| {
-                let mut p = PlanBuilder::new(setup.taps);
+                let taps: Vec<Tap> = setup.taps.iter().map(|&il| Tap::Layer(il)).collect();
+                let mut p = PlanBuilder::new(&taps);
                 let output = record(&mut p, &weights);
                 backend.compile(Arc::new(p.finish(Some(output))), &states)
             };

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
-use paceline_kernels::{f16, formats};
+use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, Error, Exec, Factor, HeadMap, KvType, Lane, Op, PageId, Pairing,
@@ -57,6 +57,7 @@ impl Backend for ScalarBackend {
     }
 
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error> {
+        decls.iter().try_for_each(|decl| decl.check_kv(config.kv))?;
         Ok(Arc::new(ScalarStates { decls: decls.to_vec(), config, inner: Arc::default() }))
     }
 
@@ -71,6 +72,7 @@ impl Backend for ScalarBackend {
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
         let mut work = PlanWork::default();
         for op in &plan.ops {
+            // Experts are not counted here: how many a step reads is no matter of the plan.
             let Op::MatMul { weight, dst, .. } = op else { continue };
             let n: usize = weights[weight.0 as usize].iter().map(Vec::len).sum();
             work.weight_bytes += (n * size_of::<f64>()) as u64;
@@ -316,19 +318,29 @@ impl ScalarExec {
                 (dst, rows)
             }
             Op::KvAppend { state, k, v } => {
-                let stored = |x: &f64| match self.config.kv_type {
-                    KvType::F32 => f64::from(*x as f32),
-                    KvType::F16 => f16::from_f64(*x).to_f64(),
+                let StateDecl::Kv { head_dim, .. } = self.decls[state.0 as usize] else {
+                    panic!("keys and values for {:?}", self.decls[state.0 as usize])
                 };
+                // Head by head to the type and back.
+                let stored = |row: &[f64], ty: KvType| -> Vec<f64> {
+                    let heads = row.chunks_exact(head_dim).flat_map(|head| {
+                        let head: Vec<f32> = head.iter().map(|x| *x as f32).collect();
+                        let mut bytes = KvBytes::new(ty.row_bytes(head_dim));
+                        let bytes = &mut bytes.bytes_mut()[..ty.row_bytes(head_dim)];
+                        ty.write(&head, bytes);
+                        let mut back = vec![0.0; head_dim];
+                        ty.read(bytes, &mut back);
+                        back
+                    });
+                    heads.map(f64::from).collect()
+                };
+                let types = self.config.kv;
                 let (k, v) = (all(k), all(v));
                 for lane in step.lanes {
                     for (i, row) in lane.rows.clone().enumerate() {
                         let (page, cell) = self.place(lane, lane.n_past + i);
                         let page = inner.pages.get_mut(&page).expect("a page with storage");
-                        page.insert(
-                            (*state, cell),
-                            [&k[row], &v[row]].map(|x| x.iter().map(stored).collect()),
-                        );
+                        page.insert((*state, cell), [stored(&k[row], types.k), stored(&v[row], types.v)]);
                     }
                 }
                 return;

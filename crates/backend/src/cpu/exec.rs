@@ -4,16 +4,18 @@ use std::{ops::Range, sync::Arc};
 
 use paceline_kernels::{
     KernelTable, SharedMut, Team,
+    kv::KvBytes,
     packed::{PackedTable, QuantRows, RowWriter},
 };
 
-use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
     moe::Groups,
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
-    states::{CpuStates, PageData},
+    ropes::Ropes,
+    states::CpuStates,
     weights::Weight,
 };
 
@@ -47,6 +49,7 @@ pub(super) struct CpuExec {
     /// What each router of the plan chose.
     groups: Vec<Groups>,
     share_from: Nanos,
+    ropes: Ropes,
     /// Lane of each row of the step.
     lane_of_row: Vec<u32>,
     /// For each task of a wave, the number of tiles up to its end.
@@ -86,6 +89,12 @@ impl Task {
         }
     }
 
+    fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        if let Kind::Op(op) = &self.kind {
+            op.prepare(cx, n_threads);
+        }
+    }
+
     fn work(&self, cx: &Cx<'_>) -> Nanos {
         match &self.kind {
             Kind::Op(op) => op.work(cx),
@@ -115,10 +124,12 @@ pub(super) struct Cx<'a> {
     pub table: &'static KernelTable,
     pub packed: &'static PackedTable,
     pub page_len: usize,
-    pub pages: SharedMut<'a, Option<PageData>>,
+    pub kv: KvTypes,
+    pub pages: SharedMut<'a, Option<KvBytes>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
     pub lane_of_row: &'a [u32],
+    pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
     groups: SharedMut<'a, Groups>,
@@ -177,6 +188,32 @@ impl Cx<'_> {
         (&self.arenas[arena], self.plan.columns(buf).start * self.n_rows(buf))
     }
 
+    fn page_data(&self, id: u32) -> &KvBytes {
+        // SAFETY: pages come and go between steps only; nothing takes the list itself to write.
+        match unsafe { &self.pages.get(id as usize..id as usize + 1)[0] } {
+            Some(page) => page,
+            None => panic!("KV page {id} has no storage"),
+        }
+    }
+
+    /// Bytes of a page, to read.
+    ///
+    /// # Safety
+    /// No op of this wave writes pages.
+    pub unsafe fn page(&self, id: u32, bytes: Range<usize>) -> &[u8] {
+        &self.page_data(id).bytes()[bytes]
+    }
+
+    /// Bytes of a page, to write.
+    ///
+    /// # Safety
+    /// No op of this wave reads pages, and the caller is the one tile that writes these bytes.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn page_mut(&self, id: u32, bytes: Range<usize>) -> &mut [u8] {
+        // SAFETY: handed on to the caller.
+        unsafe { self.page_data(id).part_mut(bytes) }
+    }
+
     /// What a store holds.
     pub fn quantized(&self, store: usize) -> &QuantRows {
         // SAFETY: a store has no reader in the wave that fills it (asserted in `CpuExec::new`), and writers are gone when
@@ -221,7 +258,7 @@ impl CpuExec {
             }
             _ => None,
         });
-        let (mut tasks, mut waves) = (Vec::new(), Vec::new());
+        let (mut tasks, mut waves, mut ropes) = (Vec::new(), Vec::new(), Ropes::default());
         let mut groups: Vec<Groups> = Vec::new();
         for items in schedule.waves {
             let first = tasks.len();
@@ -231,7 +268,8 @@ impl CpuExec {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
-                        let op = CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight);
+                        let op =
+                            CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &mut ropes, &weight);
                         Kind::Op(op.with_groups(&mut groups))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
@@ -257,6 +295,7 @@ impl CpuExec {
             shapes: schedule.stores,
             groups,
             share_from: SHARE_FROM,
+            ropes,
             lane_of_row: Vec::new(),
             ends: Vec::new(),
             writers: Vec::new(),
@@ -288,6 +327,7 @@ impl Exec for CpuExec {
             let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
             store.reset(shape.grain, n * shape.parts, shape.width);
         }
+        self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
         let inner = &mut *inner;
         self.lane_of_row.resize(step.n_rows(), 0);
@@ -310,10 +350,12 @@ impl Exec for CpuExec {
             table: self.kernels.table,
             packed: self.kernels.packed,
             page_len: config.page_len,
+            kv: config.kv,
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
             lane_of_row: &self.lane_of_row,
+            ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             stores: SharedMut::new(&mut self.stores),
             groups: SharedMut::new(&mut self.groups),
@@ -340,6 +382,7 @@ impl Exec for CpuExec {
                 self.ends.clear();
                 let mut n_tiles = 0;
                 for task in tasks {
+                    task.prepare(&cx, n_threads);
                     n_tiles += task.n_tiles(&cx, n_threads);
                     self.ends.push(n_tiles);
                 }

@@ -11,7 +11,7 @@ use paceline_kernels::formats::{FORMATS, quantize_rows};
 use super::*;
 use crate::{
     AttentionOp, BlockMask, Buf, Experts, KvType, Lane, Matrix, PageId, PlanBuilder, RouterScore, RouterSpec,
-    SlotId, StateId, Step, StepOut, Vector, WeightSource,
+    SlotId, StateId, Step, StepOut, Tap, Vector, WeightSource,
     conformance::{self, EIGHT_BIT_ACTIVATIONS, Tolerance, random::Random},
 };
 
@@ -70,7 +70,7 @@ fn random_plan(backend: &dyn Backend, random: &mut Random) -> Plan {
         .map(|(n_in, n_out)| upload(backend, random, n_in, n_out))
         .collect();
     let norms = widths.map(|len| Vector { id: upload(backend, random, len, 1).id, len });
-    let mut p = PlanBuilder::new(&[0, 1]);
+    let mut p = PlanBuilder::new(&[Tap::Layer(0), Tap::Layer(1)]);
     let mut bufs: Vec<Buf> = vec![p.input(30)];
     let mut unread = bufs.clone();
     for i in 0..40 {
@@ -204,7 +204,7 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
 fn a_panicking_step_leaves_the_others_alone() {
     for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
         let decls = [StateDecl::Kv { n_head: 1, head_dim: 4 }, StateDecl::ConvTail { channels: 4, width: 3 }];
-        let config = StateConfig { page_len: 4, kv_type: KvType::F16, n_tentative_max: 4 };
+        let config = StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 4 };
         let states = backend.alloc_states(&decls, config).unwrap();
         let conv = upload(&backend, &mut Random::new(6), 3, 4);
         let mut p = PlanBuilder::new(&[]);

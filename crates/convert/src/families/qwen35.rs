@@ -98,12 +98,54 @@ impl Hybrid {
             }
             decoder.ffn(recipe, il, &layer)?;
         }
-        recipe.skip("multi-token prediction is not used yet", |name| name.starts_with("mtp."));
+        prediction_head(recipe, config, decoder, is_linear)?;
         recipe.skip("not part of the text model", |name| {
             name.starts_with("model.visual.") || name.starts_with("visual.")
         });
         Ok(())
     }
+}
+
+/// The prediction head becomes one more block behind the layers, as other programs write it too. Checkpoints that were
+/// saved again often lost it, whatever their config says.
+fn prediction_head(
+    recipe: &mut Recipe,
+    config: &Config,
+    decoder: &Decoder,
+    is_linear: &[bool],
+) -> Result<(), Error> {
+    if !recipe.checkpoint.has("mtp.fc.weight") {
+        return Ok(());
+    }
+    if config.opt_usize("mtp_num_hidden_layers")?.unwrap_or(1) != 1 {
+        recipe.skip("prediction heads of several layers are not used yet", |name| name.starts_with("mtp."));
+        return Ok(());
+    }
+    let (il, n_embd, layer) = (decoder.n_layer, decoder.n_embd, "mtp.layers.0.");
+    recipe.size_key("block_count", il + 1);
+    recipe.size_key("nextn_predict_layers", 1);
+    if interval(is_linear).is_none() {
+        recipe.key("attention.recurrent_layers", [is_linear, &[false]].concat());
+    }
+    let block = |name: &str| format!("blk.{il}.{name}.weight");
+    // Columns: those of the embedding, then those of the state.
+    recipe.tensor(&block("nextn.eh_proj"), "mtp.fc.weight", &[n_embd, 2 * n_embd], Layout::SAME)?;
+    for (name, norm) in [
+        ("nextn.enorm", "mtp.pre_fc_norm_embedding"),
+        ("nextn.hnorm", "mtp.pre_fc_norm_hidden"),
+        ("nextn.shared_head_norm", "mtp.norm"),
+        ("attn_norm", "mtp.layers.0.input_layernorm"),
+        ("post_attention_norm", "mtp.layers.0.post_attention_layernorm"),
+    ] {
+        recipe.tensor(&block(name), &format!("{norm}.weight"), &[n_embd], Layout::map(Map::AddOne))?;
+    }
+    let (table, n_vocab) = (block("nextn.embed_tokens"), recipe.n_vocab);
+    recipe.optional_tensor(&table, "mtp.embed_tokens.weight", &[n_vocab, n_embd], Layout::SAME)?;
+    let n_q = 2 * decoder.n_head * decoder.head_dim;
+    recipe.tensor(&block("attn_q"), "mtp.layers.0.self_attn.q_proj.weight", &[n_q, n_embd], Layout::SAME)?;
+    decoder.attention(recipe, il, layer, Order::Same)?;
+    decoder.head_norms(recipe, il, layer, Map::AddOne)?;
+    decoder.ffn(recipe, il, layer)
 }
 
 /// Sizes of the gated delta rule.

@@ -3,13 +3,13 @@
 //! in the order of the value heads, and in what the file says of the feed-forward layers.
 //!
 //! The file's `post_attention_norm` is the norm before the feed-forward layer, despite its name. Blocks behind
-//! the main layers are multi-token-prediction heads and are not part of this forward.
+//! the main layers are prediction heads: not part of this forward, but a drafter may ask for one.
 
 use paceline_backend::{Buf, HeadMap, PlanBuilder, StateDecl, StateId, Vector};
 
 use crate::{
     Error, Hparams, Model, SharedWeights, Weights,
-    blocks::{Attention, AttentionShape, DeltaNet, DeltaNetShape, Ends, Ffn, FfnShape},
+    blocks::{Attention, AttentionShape, DeltaNet, DeltaNetShape, Ends, Ffn, FfnShape, NextN},
 };
 
 /// A hybrid decoder.
@@ -129,6 +129,19 @@ impl Model for Hybrid {
 
     fn shared(&self) -> SharedWeights {
         self.ends.shared()
+    }
+
+    fn prediction_head(&self, w: &Weights) -> Result<Option<NextN>, Error> {
+        let (hp, key) = (&self.hparams, w.key("nextn_predict_layers"));
+        match w.metadata().u32(&key)?.unwrap_or(0) {
+            0 => return Ok(None),
+            1 => {}
+            n => return Err(w.hparam(&key, "1 (chains of heads are not supported yet)", n)),
+        }
+        let prefix = format!("blk.{}.", hp.n_layer);
+        let attention = AttentionShape { gated: true, ..AttentionShape::of(hp) };
+        let ffn = Ffn::load(w, &prefix, &FfnShape::read(w, hp)?)?;
+        NextN::load(w, &prefix, hp, self.shared(), attention, ffn).map(Some)
     }
 
     fn record(&self, p: &mut PlanBuilder<'_>) -> Buf {

@@ -8,6 +8,7 @@ pub mod ffn;
 pub mod hybrid;
 pub mod mlp;
 pub mod moe;
+pub mod nextn;
 pub mod per_layer;
 
 pub use attention::{Attention, AttentionShape, Values};
@@ -18,4 +19,5 @@ pub use ffn::{Ffn, FfnShape};
 pub use hybrid::Hybrid;
 pub use mlp::{Act, Mlp};
 pub use moe::{Moe, MoeShape};
+pub use nextn::NextN;
 pub use per_layer::{PerLayerEmbedding, PerLayerInput};
