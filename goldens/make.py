@@ -268,12 +268,14 @@ POINTS = [(1, None, 6), (3, None, 6), (7, 5, 6), (8, None, 4), (9, None, 6), (12
           (69, 0, 6), (75, 33, 6)]
 
 
-def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
-    taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
+def make_drafter(name, seed, target, ids, tokens, hidden, taps, **extra):
+    # As the target does it: a factor on embedded rows, a bound on the logits.
+    scale = getattr(target.model.embed_tokens, "scalar_embed_scale", 1.0)
+    cap = getattr(target.config, "final_logit_softcapping", None)
     config = {
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": False, "block_size": 6,
-        "dflash_config": {"mask_token_id": ids["<|MASK|>"], "target_layer_ids": taps},
-        "eos_token_id": ids["<|im_end|>"], "head_dim": 14, "hidden_act": "silu",
+        "dflash_config": {"mask_token_id": ids.get("<|MASK|>", ids.get("<mask>")), "target_layer_ids": taps},
+        "eos_token_id": ids.get("<|im_end|>", ids.get("<eos>")), "head_dim": 14, "hidden_act": "silu",
         "hidden_size": target.config.hidden_size, "intermediate_size": 52,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
         "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 2,
@@ -292,7 +294,7 @@ def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
 
     f64 = lambda t: t.detach().double()
     drafter = dflash_reference.Drafter(config, {k: f64(v) for k, v in weights.items()},
-                                       f64(target.model.embed_tokens.weight), f64(target.lm_head.weight))
+                                       scale * f64(target.model.embed_tokens.weight), f64(target.lm_head.weight), cap)
     features = torch.cat([hidden[t] for t in taps], -1)
     ctx = drafter.fuse(f64(features))
     cache = dflash_reference.Cache(drafter)
@@ -351,15 +353,19 @@ def make_head(name, seed, target, tokens, norm):
 
 def main():
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TARGETS, "dflash"]
+    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash-gemma4"]
     for name in TARGETS:
-        if name in wanted or (name == "qwen35" and "dflash" in wanted):
+        drafter = {"qwen35": "dflash", "gemma4": "dflash-gemma4"}.get(name)
+        if name in wanted or drafter in wanted:
             model, ids, tokens, hidden, norm = make_target(name)
             if name == "qwen35-mtp":
                 make_head(name, 12, model, tokens, norm)
             if name == "qwen35" and "dflash" in wanted:
-                make_drafter("dflash", 7, model, ids, tokens, hidden)
-                make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, is_causal=False)
+                taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
+                make_drafter("dflash", 7, model, ids, tokens, hidden, taps)
+                make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, taps, is_causal=False)
+            if name == "gemma4" and drafter in wanted:
+                make_drafter(drafter, 8, model, ids, tokens, hidden, [0, 2, 4])
 
 
 if __name__ == "__main__":

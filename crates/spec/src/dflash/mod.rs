@@ -159,7 +159,7 @@ impl Dflash {
         let prefix = dialect::key_prefix(&request.file, arch);
         let w = Weights::new(request.file.clone(), request.backend.clone(), prefix);
         let hp = request.target.hparams();
-        let facts = TargetFacts { n_layer: hp.n_layer, n_embd: hp.n_embd, n_vocab: hp.n_vocab };
+        let facts = TargetFacts::of(hp, &request.target.shared());
         let contract = Contract::read(&w, arch, &facts)?;
         let network = Network::load(&w, &contract, request.target.shared())?;
         let decls: Vec<_> = contract
