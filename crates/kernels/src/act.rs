@@ -56,7 +56,7 @@ pub fn softplus(x: f32) -> f32 {
 #[inline(always)]
 pub fn gelu(x: f32) -> f32 {
     /// `2 √(2/π)`, and 0.044715 times that.
-    const LINEAR: f32 = 1.595_769_1;
+    const LINEAR: f32 = 1.595_769;
     const CUBIC: f32 = 0.071_354_81;
     x / (1.0 + exp(-(x * (CUBIC * (x * x) + LINEAR))))
 }
@@ -67,7 +67,7 @@ pub fn gelu(x: f32) -> f32 {
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
     let (size, square) = (x.abs(), x * x);
-    let series = -5.704_988_7e-3 * square + 2.063_908_9e-2;
+    let series = -5.704_988_7e-3 * square + 2.063_909e-2;
     let series = series * square - 5.373_971_6e-2;
     let series = series * square + 1.333_144_2e-1;
     let series = series * square - 3.333_328e-1;

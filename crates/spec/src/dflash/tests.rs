@@ -247,6 +247,14 @@ fn an_embedding_scaled_twice_is_seen() {
 }
 
 #[test]
+fn nothing_of_a_gemma_stays_for_the_next_target() {
+    check_with(gemma_bench(), Change::default(), |_, greatest| greatest < TOLERANCE);
+    let after = Bench::new("qwen35", "dflash");
+    assert_eq!((after.network.embd_scale, after.network.logit_cap), (1.0, None));
+    check_with(&after, Change::default(), |_, greatest| greatest < TOLERANCE);
+}
+
+#[test]
 fn a_gemma_target_lends_its_scale_and_cap_once() {
     let check = |ends, is_right: fn(f32, f32) -> bool| {
         check_with(gemma_bench(), Change { ends, ..Change::default() }, is_right);
