@@ -6,13 +6,18 @@
 use crate::rope::{self, Pairing, Turn};
 use crate::{act, conv, norm};
 
+/// A norm of rows: input, weight, what is added to the mean square, output.
+pub type RmsNorm = fn(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]);
+/// A norm of rows behind a gate: input, weight, gate, what is added to the mean square, output.
+pub type GatedRmsNorm = fn(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]);
+
 /// Row ops of one instruction set; the modules that define them say what they compute and when they panic.
 #[derive(Clone, Copy, Debug)]
 pub struct RowOps {
     /// [`norm::rms_norm`].
-    pub rms_norm: fn(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]),
+    pub rms_norm: RmsNorm,
     /// [`norm::gated_rms_norm`].
-    pub gated_rms_norm: fn(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]),
+    pub gated_rms_norm: GatedRmsNorm,
     /// [`norm::l2_norm`].
     pub l2_norm: fn(x: &[f32], eps: f32, out: &mut [f32]),
     /// [`act::silu_mul`].
