@@ -7,8 +7,9 @@
 //! A *tile* is 32 weight rows by 256 inputs of one matrix, repacked once at load ([`PackedMatrix`]): two *strips* in which a
 //! 64-byte line holds four successive codes of all sixteen rows. One load and one unpack then serve as many columns of `x`
 //! as there are: each multiplies the same register with four of its own activations, broadcast, and no sum ever
-//! crosses lanes. That keeps the price of verifying n tokens flat until arithmetic, not memory, is the limit. (Two strips,
-//! because then each activation that is loaded is multiplied twice, and loads are what the arithmetic runs into first.)
+//! crosses lanes. That keeps the price of verifying n tokens flat until arithmetic, not memory, is the limit.
+//! Kernels with registers for a whole line take one strip after the other, so that memory is read from end to end; those with
+//! half of one take both halves together.
 //!
 //! Columns arrive quantised ([`QuantRows`]): 8-bit integers under a scale, once per input row whatever number of matrices
 //! multiply it. Which scales a format wants is its [`Grain`]. Formats of plain floats multiply `f32` instead, in the
