@@ -9,7 +9,7 @@ use std::{collections::HashSet, path::PathBuf, process::ExitCode, time::Duration
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use paceline_engine::{Engine, Request, RequestId, Token};
+use paceline_engine::{CacheConfig, Engine, Request, RequestId, Token};
 use paceline_sampling::{DryBreakers, SamplingParams};
 use serde_json::{Value, json};
 
@@ -76,7 +76,9 @@ pub fn run(args: BenchArgs) -> Result<ExitCode> {
         eprintln!("{words}");
     }
     ensure!(args.runs > 0 && args.n_predict > 0, "--runs, -n: expected at least 1");
-    let loaded = Loaded::load(&args.model, &args.sizes, &args.template, true)?;
+    let mut loaded = Loaded::load(&args.model, &args.sizes, &args.template, true)?;
+    // What is measured is computed, each time.
+    loaded.sizes.cache = CacheConfig::OFF;
     let mut params = args.sampling.params()?;
     // Greedy unless asked otherwise: figures are to be compared from day to day.
     params.temperature = args.sampling.temp.unwrap_or(0.0);

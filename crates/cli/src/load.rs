@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
-use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Step, Target};
+use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_models::Model;
@@ -81,6 +81,10 @@ pub struct Sizes {
     pub kv: KvType,
     /// Storage of the drafter's cells.
     pub kv_draft: KvType,
+    /// What the prompt cache may do.
+    pub cache: CacheConfig,
+    /// Share of a prompt that makes a slot fit for it.
+    pub slot_similarity: f32,
 }
 
 impl Loaded {
@@ -170,6 +174,8 @@ impl Loaded {
             n_ctx: sizes.n_ctx,
             n_ubatch: sizes.n_ubatch,
             n_draft_max,
+            cache: sizes.cache,
+            slot_similarity: sizes.slot_similarity,
             ..EngineConfig::default()
         };
         let start = Instant::now();
@@ -294,6 +300,11 @@ impl Sizes {
             n_draft_max: flags.spec_draft_n_max.unwrap_or(N_DRAFT_DEFAULT),
             kv,
             kv_draft,
+            cache: flags.cache.config()?,
+            slot_similarity: flags
+                .cache
+                .slot_prompt_similarity
+                .unwrap_or(EngineConfig::default().slot_similarity),
         })
     }
 }

@@ -123,6 +123,7 @@ fn config(args: &ServeArgs) -> Result<ServerConfig> {
         reasoning_format: args.template.reasoning_format.unwrap_or_default(),
         chat_template_kwargs: args.template.kwargs()?,
         n_predict: usize::try_from(args.length.n_predict).ok(),
+        cache_prompt: !args.sizes.cache.no_cache_prompt,
         ..ServerConfig::default()
     })
 }

@@ -43,6 +43,8 @@ pub struct ServerConfig {
     pub chat_template_kwargs: Map<String, Value>,
     /// Most tokens of an answer, unless a request says otherwise; none means until the context is full.
     pub n_predict: Option<usize>,
+    /// Whether prompts begin with what is cached, unless a request says otherwise.
+    pub cache_prompt: bool,
 }
 
 impl Default for ServerConfig {
@@ -59,6 +61,7 @@ impl Default for ServerConfig {
             reasoning_format: ReasoningFormat::Auto,
             chat_template_kwargs: Map::new(),
             n_predict: None,
+            cache_prompt: true,
         }
     }
 }

@@ -363,7 +363,8 @@ impl EngineThread {
     fn status(&mut self) -> EngineStatus {
         let mut status =
             EngineStatus { counters: self.past.clone(), totals: self.totals.clone(), ..Default::default() };
-        if let Some(engine) = &self.engine {
+        if let Some(engine) = &mut self.engine {
+            status.cache = engine.cache_usage();
             add(&mut status.counters, engine.counters());
             status.n_waiting = engine.n_waiting();
             let look = |status: SlotStatus| {
@@ -378,9 +379,10 @@ impl EngineThread {
             let usage = engine.usage();
             (status.memory_bytes, status.n_page, status.n_page_max) =
                 (usage.bytes, usage.n_page, usage.n_page_max);
-            status.drafter = engine
-                .drafter()
-                .map(|drafter| DrafterStatus { name: drafter.name(), state_bytes: drafter.state_bytes() });
+            status.drafter = engine.drafter().map(|drafter| DrafterStatus {
+                name: drafter.name(),
+                state_bytes: drafter.state_bytes() - drafter.resting_bytes(),
+            });
         }
         status
     }
@@ -434,6 +436,7 @@ fn add(sum: &mut Counters, more: &Counters) {
     }
     sum.n_bad_logits += more.n_bad_logits;
     sum.n_bad_drafts += more.n_bad_drafts;
+    sum.n_parked += more.n_parked;
     sum.times.draft += more.times.draft;
     sum.times.verify += more.times.verify;
     sum.times.commit += more.times.commit;

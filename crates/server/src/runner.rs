@@ -23,8 +23,8 @@ use std::{
 };
 
 use paceline_engine::{
-    Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, SlotStatus, Stats,
-    SubmitError, TokenOut,
+    CacheUsage, Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, SlotStatus,
+    Stats, SubmitError, TokenOut,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -149,6 +149,7 @@ pub(crate) struct EngineStatus {
     pub n_page: usize,
     pub n_page_max: usize,
     pub drafter: Option<DrafterStatus>,
+    pub cache: CacheUsage,
 }
 
 /// What the rest of the server holds of the thread. Dropping the last one ends it.

@@ -61,10 +61,18 @@ pub trait Drafter: Send {
     fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft>;
     /// These rows, prompt or accepted, are final. Called once per step, for all sequences that moved.
     fn commit(&mut self, kept: &[Kept<'_>]);
+    /// Lets `to`, of which nothing is known, begin with the first `len` committed tokens of `from`, so that it drafts
+    /// exactly as if it had been given their rows. False, and nothing changed, if that can't be done for this `len`: a
+    /// cached prefix of this length is then not offered.
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool;
     /// The sequence is gone.
     fn forget(&mut self, seq: SeqId);
     /// Bytes held for sequences at present.
     fn state_bytes(&self) -> usize {
+        0
+    }
+    /// How many of them are held only for forks that were given no rows since: what forgetting these returns.
+    fn resting_bytes(&self) -> usize {
         0
     }
 }

@@ -313,6 +313,14 @@ impl Drafter for Dflash {
         }
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let Some(&own) = self.sequences.get(&from) else { return false };
+        let Some(fork) = self.memory.fork_prefix(own, len) else { return false };
+        let old = self.sequences.insert(to, fork);
+        assert!(old.is_none(), "{to:?} is known already");
+        true
+    }
+
     fn forget(&mut self, seq: SeqId) {
         if let Some(own) = self.sequences.remove(&seq) {
             self.memory.free(own);
@@ -320,7 +328,12 @@ impl Drafter for Dflash {
     }
 
     fn state_bytes(&self) -> usize {
-        self.memory.usage().bytes
+        let usage = self.memory.usage();
+        usage.bytes + usage.bytes_resting
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.memory.usage().bytes_resting
     }
 }
 

@@ -1,0 +1,284 @@
+//! The prompt cache: snapshots of sequences, found by their tokens.
+//!
+//! A snapshot is a fork that nobody advances: the target's pages and recurrent state, and the drafter's memory, at one
+//! token boundary. All of them, of all slots and requests, hang in one [radix tree](crate::radix). A request takes the
+//! longest prefix that it can begin with *exactly*: its logits and its drafts are those of a cold start, so a snapshot
+//! without the drafter's part serves only requests that do not draft, and a recurrent state only prompts that go on where
+//! it was taken. Attention alone can begin anywhere inside a snapshot.
+//!
+//! What only snapshots hold is bounded in bytes. Who goes first is decided as in GreedyDual-Size with frequencies
+//! (Cao and Irani, 1997; Cherkasova, 1998): each snapshot weighs the tokens that it saves per byte that it costs, as often
+//! as it was used, on top of the weight at which the last one was dropped when it was used last. So the unused sink, and
+//! what is cheap to compute again goes before what is not.
+
+use paceline_memory::{Memory, SeqId};
+use paceline_spec::Drafter;
+
+use crate::{
+    Token,
+    radix::{NodeId, Radix},
+};
+
+/// What the prompt cache may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Bytes that snapshots may hold beyond what running requests use; 0 turns the cache off.
+    pub n_byte_max: usize,
+    /// Where a snapshot can't be entered in the middle, one is taken every so many tokens of a prompt; 0 is never.
+    pub n_step: usize,
+    /// Of these, at most so many for a prompt: its last ones.
+    pub n_step_max: usize,
+    /// A request that ends leaves a snapshot of all that was computed.
+    pub keeps_finished: bool,
+}
+
+impl CacheConfig {
+    /// No cache.
+    pub const OFF: CacheConfig =
+        CacheConfig { n_byte_max: 0, n_step: 0, n_step_max: 0, keeps_finished: false };
+
+    /// True if anything is ever kept.
+    pub fn is_on(&self) -> bool {
+        self.n_byte_max > 0
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        CacheConfig { n_byte_max: 8 << 30, n_step: 8192, n_step_max: 32, keeps_finished: true }
+    }
+}
+
+/// What the prompt cache holds and did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct CacheUsage {
+    /// Snapshots held.
+    pub n_snapshot: usize,
+    /// Bytes that only they hold, those of the drafter included.
+    pub bytes: usize,
+    /// Bytes that they may hold.
+    pub n_byte_max: usize,
+    /// Requests that began with a cached prefix.
+    pub n_hit: u64,
+    /// Requests that might have and found none.
+    pub n_miss: u64,
+    /// Tokens that were not computed again.
+    pub n_token_hit: u64,
+    /// Snapshots taken.
+    pub n_taken: u64,
+    /// Snapshots dropped for want of room.
+    pub n_evicted: u64,
+}
+
+/// The two memories that a sequence lives in.
+pub(crate) struct Stores<'a> {
+    pub memory: &'a mut Memory,
+    pub drafter: Option<&'a mut Box<dyn Drafter>>,
+}
+
+impl Stores<'_> {
+    pub fn forget(&mut self, seq: SeqId) {
+        self.memory.free(seq);
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget(seq);
+        }
+    }
+
+    /// Bytes that only resting sequences hold.
+    fn bytes_resting(&self) -> usize {
+        let drafter = self.drafter.as_ref().map_or(0, |drafter| drafter.resting_bytes());
+        self.memory.usage().bytes_resting + drafter
+    }
+}
+
+#[derive(Debug)]
+struct Snapshot {
+    seq: SeqId,
+    has_drafter: bool,
+    /// How often it was used, its making included.
+    n_use: f64,
+    /// The weight at which the last one was dropped when this one was used last.
+    used_at: f64,
+}
+
+/// A prefix that a sequence begins with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hit {
+    /// A fork of the snapshot, cut to length, for the request to own.
+    pub seq: SeqId,
+    pub len: usize,
+    node: NodeId,
+}
+
+pub(crate) struct Cache {
+    config: CacheConfig,
+    tree: Radix<Snapshot>,
+    /// False once a drafter refused to cut a fork to length: its snapshots can't be entered in the middle.
+    drafter_cuts: bool,
+    /// The weight at which the last snapshot was dropped.
+    sunk: f64,
+    usage: CacheUsage,
+}
+
+impl Cache {
+    pub fn new(config: CacheConfig) -> Cache {
+        let usage = CacheUsage { n_byte_max: config.n_byte_max, ..CacheUsage::default() };
+        Cache { config, tree: Radix::new(), drafter_cuts: true, sunk: 0.0, usage }
+    }
+
+    /// True if a snapshot serves every prefix of its tokens.
+    pub fn enters_anywhere(&self, stores: &Stores<'_>) -> bool {
+        stores.memory.forks_anywhere() && (self.drafter_cuts || stores.drafter.is_none())
+    }
+
+    /// Tokens that `tokens` shares with anything cached.
+    pub fn n_shared(&self, tokens: &[Token]) -> usize {
+        self.tree.find(tokens).n_shared
+    }
+
+    /// A fork with the longest cached prefix of `tokens`, of at most `n_max` tokens; with a drafter that knows it, if
+    /// that is wanted.
+    pub fn find(
+        &mut self,
+        tokens: &[Token],
+        n_max: usize,
+        with_drafter: bool,
+        stores: &mut Stores<'_>,
+    ) -> Option<Hit> {
+        let found = self.tree.find(tokens);
+        let is_fit = |s: &Snapshot| s.has_drafter || !with_drafter;
+        let deepest = std::iter::once((found.below, found.n_shared));
+        let path = found.path.iter().rev().map(|&node| (node, self.tree.depth(node)));
+        let points: Vec<(NodeId, usize)> = deepest.chain(path).collect();
+        for (point, depth) in points {
+            let len = depth.min(n_max);
+            if len == 0 {
+                break;
+            }
+            let exact =
+                (self.tree.depth(point) == len && self.tree.get(point).is_some_and(is_fit)).then_some(point);
+            let anywhere = || {
+                let under = if self.enters_anywhere(stores) { self.tree.under(point) } else { Vec::new() };
+                let fit = |&id: &NodeId| self.tree.get(id).filter(|s| is_fit(s)).map(|s| (s.used_at, id));
+                under.iter().filter_map(fit).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| id)
+            };
+            let Some(node) = exact.or_else(anywhere) else { continue };
+            if let Some(seq) = self.fork(node, len, with_drafter, stores) {
+                return Some(Hit { seq, len, node });
+            }
+        }
+        None
+    }
+
+    fn fork(
+        &mut self,
+        node: NodeId,
+        len: usize,
+        with_drafter: bool,
+        stores: &mut Stores<'_>,
+    ) -> Option<SeqId> {
+        let of = self.tree.get(node)?.seq;
+        let seq = stores.memory.fork_prefix(of, len)?;
+        if let Some(drafter) = stores.drafter.as_mut().filter(|_| with_drafter)
+            && !drafter.fork(of, seq, len)
+        {
+            self.drafter_cuts = false;
+            stores.memory.free(seq);
+            return None;
+        }
+        Some(seq)
+    }
+
+    /// The hit is used.
+    pub fn count(&mut self, hit: Option<Hit>) {
+        let Some(hit) = hit else {
+            self.usage.n_miss += 1;
+            return;
+        };
+        self.usage.n_hit += 1;
+        self.usage.n_token_hit += hit.len as u64;
+        self.touch(hit.node);
+    }
+
+    fn touch(&mut self, node: NodeId) {
+        if let Some(snapshot) = self.tree.get_mut(node) {
+            snapshot.used_at = self.sunk;
+            snapshot.n_use += 1.0;
+        }
+    }
+
+    /// Keeps a snapshot of `seq`, whose committed tokens are `tokens`, unless something as good is there.
+    pub fn keep(&mut self, tokens: &[Token], seq: SeqId, has_drafter: bool, stores: &mut Stores<'_>) {
+        if !self.config.is_on() || tokens.is_empty() {
+            return;
+        }
+        let anywhere = self.enters_anywhere(stores);
+        let found = self.tree.find(tokens);
+        if found.n_shared == tokens.len() {
+            let same = self.tree.exact(tokens).into_iter();
+            let longer = if anywhere { self.tree.under(found.below) } else { Vec::new() };
+            let as_good = |&id: &NodeId| self.tree.get(id).is_some_and(|s| s.has_drafter || !has_drafter);
+            if let Some(id) = same.chain(longer).find(as_good) {
+                return self.touch(id);
+            }
+        }
+        let fork = stores.memory.fork(seq);
+        if let Some(drafter) = stores.drafter.as_mut().filter(|_| has_drafter)
+            && !drafter.fork(seq, fork, tokens.len())
+        {
+            // It has lost the sequence; a snapshot that claims less would be in the way of a better one.
+            return stores.memory.free(fork);
+        }
+        let (node, old) =
+            self.tree.insert(tokens, Snapshot { seq: fork, has_drafter, n_use: 1.0, used_at: self.sunk });
+        if let Some(old) = old {
+            stores.forget(old.seq);
+        }
+        self.usage.n_taken += 1;
+        if anywhere {
+            let covered = |&id: &NodeId| self.tree.get(id).is_some_and(|s| has_drafter || !s.has_drafter);
+            let covered: Vec<NodeId> = self.tree.above(node).filter(covered).collect();
+            covered.into_iter().for_each(|id| self.drop(id, stores));
+        }
+    }
+
+    fn drop(&mut self, node: NodeId, stores: &mut Stores<'_>) {
+        if let Some(snapshot) = self.tree.remove(node) {
+            stores.forget(snapshot.seq);
+        }
+    }
+
+    /// Drops snapshots until the others fit into the budget.
+    pub fn evict(&mut self, stores: &mut Stores<'_>) {
+        while self.tree.len() > 0 && stores.bytes_resting() > self.config.n_byte_max {
+            let Some((weight, node)) = self.lightest(stores) else { return };
+            self.sunk = self.sunk.max(weight);
+            self.usage.n_evicted += 1;
+            self.drop(node, stores);
+        }
+    }
+
+    /// The snapshot to go first. One that shares all it has returns nothing, so it goes only if all are like that.
+    fn lightest(&self, stores: &Stores<'_>) -> Option<(f64, NodeId)> {
+        let anywhere = self.enters_anywhere(stores);
+        let weigh = |node: NodeId| {
+            let snapshot = self.tree.get(node)?;
+            let nearest = || self.tree.above(node).next().map_or(0, |above| self.tree.depth(above));
+            let n_again = self.tree.depth(node) - if anywhere { self.tree.n_shared(node) } else { nearest() };
+            let n_byte = stores.memory.bytes_alone(snapshot.seq);
+            let worth = snapshot.n_use * n_again as f64 / n_byte.max(1) as f64;
+            Some((n_byte == 0, snapshot.used_at + worth, node))
+        };
+        let all = self.tree.all().into_iter().filter_map(weigh);
+        all.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, weight, node)| (weight, node))
+    }
+
+    /// Drops all snapshots.
+    pub fn clear(&mut self, stores: &mut Stores<'_>) {
+        self.tree.all().into_iter().for_each(|node| self.drop(node, stores));
+    }
+
+    pub fn usage(&self, stores: &Stores<'_>) -> CacheUsage {
+        CacheUsage { n_snapshot: self.tree.len(), bytes: stores.bytes_resting(), ..self.usage }
+    }
+}
