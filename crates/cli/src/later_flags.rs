@@ -101,7 +101,6 @@ const LATER: &[Later] = &[
     later("numa", Value, Warn("memory is placed as the system does it")).env("LLAMA_ARG_NUMA"),
     later("swa-full", Nothing, Warn("no cell is dropped behind a window, so the full cache is kept anyway")),
     later("cache-reuse", Value, SHIFTED).env("LLAMA_ARG_CACHE_REUSE").quiet(&["0"]),
-    later("slot-save-path", Value, Warn("slots can't be saved to files yet")),
     later("keep", Value, Warn("nothing is ever dropped from a full context")).quiet(&["0", "-1"]),
     later(
         "context-shift",

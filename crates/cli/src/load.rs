@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
-use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target};
+use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_models::Model;
@@ -176,11 +176,36 @@ impl Loaded {
             n_draft_max,
             cache: sizes.cache,
             slot_similarity: sizes.slot_similarity,
+            pair: self.pair(with_drafter),
             ..EngineConfig::default()
         };
         let start = Instant::now();
         let engine = Engine::new(target, drafter, self.tokenizer.vocab().clone(), config);
         Ok(engine.with_clock(Box::new(move || start.elapsed())))
+    }
+
+    /// Digest of all that a snapshot depends on, bit for bit: both files, how cells are stored, the kernels, this build.
+    fn pair(&self, with_drafter: bool) -> u64 {
+        let backend = self.backend.describe();
+        // The number of threads changes no bit.
+        let backend = backend.split(", ").filter(|part| !part.ends_with(" threads"));
+        let mut text = env!("PACELINE_BUILD").as_bytes().to_vec();
+        backend.for_each(|part| text.extend(part.bytes()));
+        text.extend(format!("{:?} {:?}", self.sizes.kv, self.sizes.kv_draft).bytes());
+        let drafter = self.drafter_file.as_ref().filter(|_| with_drafter);
+        for file in std::iter::once(&self.target_file).chain(drafter) {
+            for (key, value) in file.metadata().iter() {
+                text.extend(format!("{key}={value};").bytes());
+            }
+            for tensor in file.tensors() {
+                text.extend(format!("{} {:?} {};", tensor.name, tensor.shape, tensor.ty).bytes());
+                // Some of every tensor: finetunes of one model have the same shapes.
+                let data = file.data(tensor);
+                let (first, last) = (data.first_chunk::<64>(), data.last_chunk::<64>());
+                text.extend(first.into_iter().chain(last).flatten());
+            }
+        }
+        digest(&text)
     }
 
     /// Says what was loaded, and runs a token or two so that the first request finds everything touched.

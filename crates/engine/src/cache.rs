@@ -17,6 +17,7 @@ use paceline_spec::Drafter;
 use crate::{
     Token,
     radix::{NodeId, Radix},
+    snapshot_file::{RestoreError, SnapshotFile},
 };
 
 /// What the prompt cache may do.
@@ -240,6 +241,63 @@ impl Cache {
             let covered: Vec<NodeId> = self.tree.above(node).filter(covered).collect();
             covered.into_iter().for_each(|id| self.drop(id, stores));
         }
+    }
+
+    /// What a file of the snapshot of `tokens`, or of its longest part that can be had, is made of: the number of tokens,
+    /// the target's part and the drafter's.
+    pub fn export(
+        &mut self,
+        tokens: &[Token],
+        stores: &mut Stores<'_>,
+    ) -> Option<(usize, Vec<u8>, Option<Vec<u8>>)> {
+        let whole =
+            if stores.drafter.is_some() { self.find(tokens, tokens.len(), true, stores) } else { None };
+        let hit = whole.or_else(|| self.find(tokens, tokens.len(), false, stores))?;
+        let mut target = Vec::new();
+        stores.memory.export(hit.seq, &mut target);
+        let drafter = stores.drafter.as_ref().and_then(|drafter| drafter.export(hit.seq));
+        stores.forget(hit.seq);
+        Some((hit.len, target, drafter))
+    }
+
+    /// Takes up what a file holds. On error nothing has changed.
+    pub fn import(&mut self, file: &SnapshotFile<'_>, stores: &mut Stores<'_>) -> Result<(), RestoreError> {
+        if !self.config.is_on() {
+            return Err(RestoreError::Useless("the prompt cache is off (--cache-ram 0)".to_string()));
+        }
+        let damaged = |what: &str, why: String| RestoreError::Damaged(format!("{what}: {why}"));
+        let seq = stores.memory.import(file.target).map_err(|why| damaged("the target's part", why))?;
+        let mut has_drafter = false;
+        let mut fault = None;
+        if let (Some(drafter), Some(bytes)) = (&mut stores.drafter, file.drafter) {
+            fault = drafter.import(seq, bytes).err().map(|why| damaged("the drafter's part", why));
+            has_drafter = fault.is_none();
+        }
+        if stores.memory.len(seq) != file.tokens.len() || file.tokens.is_empty() {
+            let (n, n_token) = (stores.memory.len(seq), file.tokens.len());
+            fault = fault.or(Some(RestoreError::Damaged(format!("a memory of {n} for {n_token} tokens"))));
+        }
+        let n_byte = stores.memory.bytes_alone(seq);
+        if n_byte > self.config.n_byte_max {
+            let why = format!("it takes {n_byte} bytes, and the cache may hold {}", self.config.n_byte_max);
+            fault = fault.or(Some(RestoreError::Useless(why)));
+        }
+        if let Some(fault) = fault {
+            stores.forget(seq);
+            return Err(fault);
+        }
+        let snapshot = Snapshot { seq, has_drafter, n_use: 1.0, used_at: self.sunk };
+        if let (_, Some(old)) = self.tree.insert(&file.tokens, snapshot) {
+            stores.forget(old.seq);
+        }
+        Ok(())
+    }
+
+    /// Drops the snapshot of exactly these tokens. False if there is none.
+    pub fn erase(&mut self, tokens: &[Token], stores: &mut Stores<'_>) -> bool {
+        let node = self.tree.exact(tokens);
+        node.into_iter().for_each(|node| self.drop(node, stores));
+        node.is_some()
     }
 
     fn drop(&mut self, node: NodeId, stores: &mut Stores<'_>) {

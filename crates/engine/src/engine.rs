@@ -14,6 +14,7 @@ use crate::{
     plan::{LanePlan, SlotView, StepPlan, plan},
     radix::n_common,
     slot::{Active, Phase, SlotStatus},
+    snapshot_file::{RestoreError, SnapshotFile},
 };
 
 /// The model that decides: its compiled forward and the memory of its sequences.
@@ -44,6 +45,8 @@ pub struct EngineConfig {
     /// A free slot whose last tokens make up at least this share of a prompt serves it; otherwise it is the slot that
     /// was free longest. What is reused does not depend on it.
     pub slot_similarity: f32,
+    /// Digest of all that a snapshot in a file depends on: models, drafter, storage, build.
+    pub pair: u64,
     /// Recounts all memory after each step; for tests.
     pub check_memory: bool,
 }
@@ -58,6 +61,7 @@ impl Default for EngineConfig {
             n_queue_max: 64,
             cache: CacheConfig::default(),
             slot_similarity: 0.1,
+            pair: 0,
             check_memory: false,
         }
     }
@@ -176,6 +180,54 @@ pub enum SubmitError {
     /// A sampling parameter out of range.
     #[error(transparent)]
     Sampling(#[from] ParamError),
+}
+
+/// Why a slot can't be saved, restored or erased.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SaveError {
+    /// It does not exist.
+    #[error("slot {slot} does not exist: there are {n_slot}")]
+    BadSlot {
+        /// The slot.
+        slot: usize,
+        /// Number of slots.
+        n_slot: usize,
+    },
+    /// It serves a request.
+    #[error("slot {slot} is busy: wait for its answer, or for its client to go away")]
+    Busy {
+        /// The slot.
+        slot: usize,
+    },
+    /// It served none, or what it left is gone.
+    #[error("slot {slot} holds nothing: {why}")]
+    Empty {
+        /// The slot.
+        slot: usize,
+        /// What became of it.
+        why: &'static str,
+    },
+    /// The file is of no use.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// The snapshot of a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The contents of a file.
+    pub bytes: Vec<u8>,
+    /// Tokens in it.
+    pub n_token: usize,
+}
+
+/// What a restore brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Tokens.
+    pub n_token: usize,
+    /// False if a drafter is loaded and the file has nothing for it: then only requests that do not draft begin with it.
+    pub serves_drafts: bool,
 }
 
 /// The engine. See the crate's documentation.
@@ -707,6 +759,56 @@ impl Engine {
 
     fn evict(&mut self) {
         self.cache.evict(&mut stores(&mut self.target, &mut self.drafter));
+    }
+
+    /// A free slot.
+    fn idle_slot(&self, slot: usize) -> Result<usize, SaveError> {
+        match self.slots.get(slot) {
+            None => Err(SaveError::BadSlot { slot, n_slot: self.config.n_slot }),
+            Some(Some(_)) => Err(SaveError::Busy { slot }),
+            Some(None) => Ok(slot),
+        }
+    }
+
+    /// The contents of a file with what the last request of `slot` left: tokens, the target's memory, the drafter's.
+    pub fn save(&mut self, slot: usize) -> Result<Saved, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let tokens = &self.last[slot].0;
+        if tokens.is_empty() {
+            return Err(SaveError::Empty { slot, why: "it has served no request" });
+        }
+        let mut stores = stores(&mut self.target, &mut self.drafter);
+        let Some((n_token, target, drafter)) = self.cache.export(tokens, &mut stores) else {
+            let why = "what its last request computed is not in the prompt cache (any more)";
+            return Err(SaveError::Empty { slot, why });
+        };
+        let tokens = tokens[..n_token].to_vec();
+        let file = SnapshotFile { tokens, target: &target, drafter: drafter.as_deref() };
+        Ok(Saved { bytes: file.write(self.config.pair), n_token })
+    }
+
+    /// Takes up the contents of such a file as what `slot` had last; any slot may go on with it. On error nothing has
+    /// changed.
+    pub fn restore(&mut self, slot: usize, bytes: &[u8]) -> Result<Restored, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let file = SnapshotFile::read(bytes, self.config.pair)?;
+        let (n_token, n_vocab) = (file.tokens.len(), self.target.n_vocab);
+        if file.tokens.iter().any(|&token| token as usize >= n_vocab) {
+            return Err(RestoreError::Damaged(format!("a token beyond the {n_vocab} that there are")).into());
+        }
+        let mut stores = stores(&mut self.target, &mut self.drafter);
+        self.cache.import(&file, &mut stores)?;
+        self.cache.evict(&mut stores);
+        self.last[slot] = (file.tokens, self.counters.n_step);
+        Ok(Restored { n_token, serves_drafts: self.drafter.is_none() || file.drafter.is_some() })
+    }
+
+    /// Forgets what the last request of `slot` left, and says how many tokens that were.
+    pub fn erase(&mut self, slot: usize) -> Result<usize, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let tokens = std::mem::take(&mut self.last[slot].0);
+        self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafter));
+        Ok(tokens.len())
     }
 
     /// Drops everything that is cached.

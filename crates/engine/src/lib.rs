@@ -26,13 +26,17 @@ mod plan;
 mod radix;
 mod request;
 mod slot;
+mod snapshot_file;
 
 pub use cache::{CacheConfig, CacheUsage};
-pub use engine::{Clock, Counters, Engine, EngineConfig, StageTimes, Step, SubmitError, Target};
+pub use engine::{
+    Clock, Counters, Engine, EngineConfig, Restored, SaveError, Saved, StageTimes, Step, SubmitError, Target,
+};
 pub use event::{Event, Finish, RequestError, SpeculationNote, Stats, TokenOut};
 pub use plan::{LanePlan, SlotView, StepPlan, plan};
 pub use request::{Request, RequestId};
 pub use slot::{Phase, SlotStatus};
+pub use snapshot_file::{RestoreError, digest};
 
 /// A token id.
 pub type Token = u32;

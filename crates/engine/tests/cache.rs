@@ -2,7 +2,7 @@
 
 mod world;
 
-use paceline_engine::{CacheConfig, Request, RequestId, Stats};
+use paceline_engine::{CacheConfig, Request, RequestId, RestoreError, SaveError, Stats};
 use paceline_sampling::SamplingParams;
 use paceline_spec::Draft;
 use paceline_testkit::{Accept, Forks, HashKind, HashModel, Scripted, Token, oracle};
@@ -219,4 +219,87 @@ fn a_small_budget_keeps_what_is_used() {
         assert!(n_kept >= 15, "{kind:?}: what is asked all the time was there {n_kept} of 19 times");
         world.check();
     }
+}
+
+/// As after a restart: another engine, another drafter, and nothing but the file.
+#[test]
+fn what_is_saved_can_be_restored_elsewhere() {
+    for kind in HashKind::ALL {
+        let first = Request { slot: Some(1), ..request(0, text(PAST)) };
+        let mut before = world(kind, Forks::Anywhere, Sizes::ROOMY);
+        before.submit(first.clone()).unwrap();
+        before.step();
+        assert_eq!(before.engine.save(1), Err(SaveError::Busy { slot: 1 }));
+        before.run();
+        let saved = before.engine.save(1).unwrap();
+        let answer = before.told[&RequestId(0)].ids();
+        assert_eq!(saved.n_token, PAST.len() + answer.len() - 1);
+        assert!(matches!(before.engine.save(0), Err(SaveError::Empty { slot: 0, .. })));
+        assert!(matches!(
+            before.engine.restore(7, &saved.bytes),
+            Err(SaveError::BadSlot { slot: 7, n_slot: 2 })
+        ));
+
+        let mut after = world(kind, Forks::Anywhere, Sizes::ROOMY);
+        // Whatever is wrong with a file, nothing changes.
+        for n in [0, 5, 16, 40, saved.bytes.len() / 2, saved.bytes.len() - 1] {
+            let mut bad = saved.bytes.clone();
+            bad[n] ^= 0x40;
+            for bad in [&bad[..], &saved.bytes[..n]] {
+                assert!(matches!(after.engine.restore(0, bad), Err(SaveError::Restore(_))), "{n}");
+            }
+        }
+        let usage = after.engine.usage();
+        assert_eq!((usage.n_resting, usage.bytes_resting, after.states.n_page()), (0, 0, 0));
+
+        let restored = after.engine.restore(0, &saved.bytes).unwrap();
+        assert_eq!((restored.n_token, restored.serves_drafts), (saved.n_token, true));
+        assert_eq!(after.engine.save(0).unwrap(), saved, "nothing is lost on the way");
+        let next = request(1, [&text(PAST)[..], &answer, &text("and?")].concat());
+        after.submit(next.clone()).unwrap();
+        after.run();
+        let told = after.told[&RequestId(1)].clone();
+        assert_eq!(told.n_cached, saved.n_token);
+        let warm = Stats { n_cached: 0, ..told.stats.clone() };
+        assert_eq!((told.ids(), warm), cold(kind, Forks::Anywhere, next), "{kind:?}");
+        assert_eq!(after.engine.restore(0, &saved.bytes).unwrap(), restored, "again is no harm");
+        assert_eq!(after.engine.erase(0), Ok(saved.n_token));
+        assert!(matches!(after.engine.save(0), Err(SaveError::Empty { slot: 0, .. })));
+        after.check();
+
+        // Where it could not be used it is not taken.
+        let small = CacheConfig { n_byte_max: 10, ..Sizes::ROOMY.cache };
+        for cache in [CacheConfig::OFF, small] {
+            let mut other = world(kind, Forks::Anywhere, Sizes { cache, ..Sizes::ROOMY });
+            let error = other.engine.restore(0, &saved.bytes).unwrap_err();
+            assert!(matches!(error, SaveError::Restore(RestoreError::Useless(_))), "{error}");
+            other.check();
+        }
+        // Another kind of model has other states.
+        let kinds = HashKind::ALL.into_iter().filter(|&other| other != kind);
+        for other in kinds {
+            let mut other = world(other, Forks::Anywhere, Sizes::ROOMY);
+            let error = other.engine.restore(0, &saved.bytes).unwrap_err();
+            assert!(matches!(error, SaveError::Restore(RestoreError::Damaged(_))), "{error}");
+            other.check();
+        }
+    }
+}
+
+/// A drafter that has no form as bytes, or that is not there, does not keep the target's part from being saved.
+#[test]
+fn a_file_without_a_drafters_part_says_whom_it_serves() {
+    let kind = HashKind::Hybrid;
+    let mut before = World::new(HashModel::new(5, kind), None::<Scripted>, Sizes::ROOMY);
+    before.submit(request(0, text(PAST))).unwrap();
+    before.run();
+    let saved = before.engine.save(0).unwrap();
+    let mut after = world(kind, Forks::Anywhere, Sizes::ROOMY);
+    assert!(!after.engine.restore(1, &saved.bytes).unwrap().serves_drafts);
+    let next = [&text(PAST)[..], &before.told[&RequestId(0)].ids(), &text("and?")].concat();
+    after.submit(request(0, next.clone())).unwrap();
+    after.submit(Request { n_draft_max: Some(0), ..request(1, next) }).unwrap();
+    after.run();
+    assert_eq!([0, 1].map(|id| after.told[&RequestId(id)].n_cached), [0, saved.n_token]);
+    after.check();
 }

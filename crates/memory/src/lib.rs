@@ -133,6 +133,23 @@ impl Counted {
     }
 }
 
+/// Appends what `write` appends, its length before it.
+fn framed(out: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    out.extend([0; 8]);
+    write(out);
+    let n = (out.len() - start - 8) as u64;
+    out[start..start + 8].copy_from_slice(&n.to_le_bytes());
+}
+
+/// Takes what [`framed`] wrote off the front.
+fn frame<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let (&n, rest) = bytes.split_first_chunk()?;
+    let (frame, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(n)).ok()?)?;
+    *bytes = rest;
+    Some(frame)
+}
+
 /// The memory of all sequences of one model.
 pub struct Memory {
     states: Arc<dyn States>,
@@ -229,6 +246,61 @@ impl Memory {
             }
         };
         Some(self.insert(Sequence { len, pages, recurrent, is_awake: false, pending: None }))
+    }
+
+    /// Appends what `seq`, which rests, holds to `out`: its length, pages and recurrent state, for an
+    /// [`import`](Self::import) into a memory over the same declarations and settings.
+    pub fn export(&self, seq: SeqId, out: &mut Vec<u8>) {
+        let sequence = self.find(seq);
+        assert!(!sequence.is_awake, "export of {seq:?}, which is awake");
+        out.extend((sequence.len as u64).to_le_bytes());
+        for page in &sequence.pages {
+            framed(out, |out| self.states.page_export(*page, out));
+        }
+        if let Recurrent::Saved(saved) = sequence.recurrent {
+            framed(out, |out| self.states.saved_export(saved, out));
+        }
+    }
+
+    /// A resting sequence of what an export gave. On error, which says what is wrong, nothing has changed.
+    pub fn import(&mut self, bytes: &[u8]) -> Result<SeqId, String> {
+        let (&len, mut rest) = bytes.split_first_chunk().ok_or("it has no length")?;
+        let len = usize::try_from(u64::from_le_bytes(len)).map_err(|e| e.to_string())?;
+        // Each page and state has a length of its own before it, so a false count runs out of bytes soon.
+        let n_page = self.n_page_of(len);
+        let mut pages = Vec::new();
+        let mut outcome = Ok(());
+        while pages.len() < n_page && outcome.is_ok() {
+            let page = PageId(self.pages.take());
+            self.n_awake.resize(self.pages.n_user.len(), 0);
+            self.states.page_alloc(page);
+            pages.push(page);
+            outcome = match frame(&mut rest) {
+                Some(bytes) if self.states.page_import(page, bytes) => Ok(()),
+                Some(bytes) => Err(format!(
+                    "page {} has {} bytes, another number than here",
+                    pages.len() - 1,
+                    bytes.len()
+                )),
+                None => Err(format!("it has {} of {n_page} pages", pages.len() - 1)),
+            };
+        }
+        let mut recurrent = Recurrent::None;
+        if self.has_slots && outcome.is_ok() {
+            let saved = SavedId(self.saved.take());
+            match frame(&mut rest) {
+                Some(bytes) if self.states.saved_import(saved, bytes) => recurrent = Recurrent::Saved(saved),
+                _ => {
+                    self.saved.let_go(saved.0);
+                    outcome = Err("its recurrent state is missing or of another size than here".to_string());
+                }
+            }
+        }
+        let seq = self.insert(Sequence { len, pages, recurrent, is_awake: false, pending: None });
+        if outcome.is_ok() && !rest.is_empty() {
+            outcome = Err(format!("{} bytes follow its end", rest.len()));
+        }
+        outcome.map(|()| seq).inspect_err(|_| self.free(seq))
     }
 
     /// Forgets a sequence and returns what only it used.

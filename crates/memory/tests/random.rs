@@ -58,6 +58,23 @@ impl World {
         self.truth.extend(fork.map(|fork| (fork, tokens)));
     }
 
+    /// Another sequence with the same past, by way of bytes; false imports leave nothing.
+    fn reload(&mut self, at: usize, rng: &mut Rng) {
+        let (seq, tokens) = self.truth[at].clone();
+        let fork = self.memory.fork(seq);
+        let mut bytes = Vec::new();
+        self.memory.export(fork, &mut bytes);
+        self.memory.free(fork);
+        let (usage, n_page) = (self.memory.usage(), self.states.n_page());
+        let n = rng.range(0..bytes.len());
+        self.memory.import(&bytes[..n]).expect_err("a part of it");
+        self.memory.import(&[&bytes[..], &[0]].concat()).expect_err("more than it");
+        assert_eq!((self.memory.usage(), self.states.n_page()), (usage, n_page), "a refused import");
+        let seq = self.memory.import(&bytes).expect("what was exported");
+        assert_eq!(self.memory.len(seq), tokens.len());
+        self.truth.push((seq, tokens));
+    }
+
     fn free(&mut self, at: usize) {
         let (seq, _) = self.truth.swap_remove(at);
         self.memory.free(seq);
@@ -171,6 +188,7 @@ fn live(seed: u64) {
                 assert_eq!(world.memory.usage().n_page, usage.n_page, "and counts for none until it wakes");
             }
             2 if n_seq > 0 => world.free(rng.range(0..n_seq)),
+            4 if (1..6).contains(&n_seq) && rng.chance(0.5) => world.reload(rng.range(0..n_seq), &mut rng),
             3 if n_seq > 0 && kind == HashKind::Attention => {
                 let at = rng.range(0..n_seq);
                 let (seq, known) = &mut world.truth[at];

@@ -19,9 +19,10 @@ use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    error::ApiError,
     runner::{
         Command, DrafterStatus, Ending, EngineFactory, EngineStatus, Events, Failure, Health, Progress,
-        Refusal, SlotLook, Submission, Totals, guarded, panic_text,
+        Refusal, SlotAction, SlotLook, SlotOutcome, Submission, Totals, guarded, panic_text,
     },
     timings::Timings,
 };
@@ -133,6 +134,24 @@ impl EngineThread {
             Command::Submit(submission) => self.submit(*submission),
             Command::Status(reply) => {
                 let _ = reply.send(Box::new(self.status()));
+            }
+            Command::Slot(slot, action, reply) => {
+                let acted = self.guard(|engine, _| match action {
+                    SlotAction::Save => engine.save(slot).map(SlotOutcome::Saved),
+                    SlotAction::Restore(bytes) => engine.restore(slot, &bytes).map(SlotOutcome::Restored),
+                    SlotAction::Erase => engine.erase(slot).map(SlotOutcome::Erased),
+                });
+                match acted {
+                    Ok(outcome) => {
+                        let _ = reply.send(outcome.map_err(ApiError::from));
+                    }
+                    Err(reason) => {
+                        let _ = reply.send(Err(Refusal::Down(reason.clone()).into()));
+                        if self.engine.is_some() {
+                            self.restart(reason);
+                        }
+                    }
+                }
             }
             Command::Drain => {
                 self.draining = true;

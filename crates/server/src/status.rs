@@ -134,11 +134,6 @@ pub(crate) async fn change_props() -> ApiError {
     )
 }
 
-/// Saving slots is not offered.
-pub(crate) async fn slot_action() -> ApiError {
-    ApiError::not_supported("saving, restoring and erasing slots is not supported yet by this server")
-}
-
 async fn look(app: &App) -> Result<Box<EngineStatus>, ApiError> {
     app.runner.status().await.ok_or_else(|| ApiError::server("the engine's thread has ended"))
 }

@@ -65,6 +65,16 @@ pub trait Drafter: Send {
     /// exactly as if it had been given their rows. False, and nothing changed, if that can't be done for this `len`: a
     /// cached prefix of this length is then not offered.
     fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool;
+    /// What is remembered of `seq`, a fork that was given no rows since, as bytes for [`import`](Self::import). None if
+    /// there is nothing, or no such form of it.
+    fn export(&self, _seq: SeqId) -> Option<Vec<u8>> {
+        None
+    }
+    /// Makes `seq`, of which nothing is known, what an export of the same drafter with the same settings was of. On error,
+    /// which says what is wrong, nothing has changed.
+    fn import(&mut self, _seq: SeqId, _bytes: &[u8]) -> Result<(), String> {
+        Err(format!("the {} drafter can't take it", self.name()))
+    }
     /// The sequence is gone.
     fn forget(&mut self, seq: SeqId);
     /// Bytes held for sequences at present.

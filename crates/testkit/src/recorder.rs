@@ -181,6 +181,30 @@ impl<D: Drafter> Drafter for Recorder<D> {
         true
     }
 
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let log = self.log.entries();
+        let tokens = &log.live.get(&seq)?.tokens;
+        // Its own part first, so that what comes back can be watched too.
+        let mut out = (tokens.len() as u64).to_le_bytes().to_vec();
+        tokens.iter().for_each(|token| out.extend(token.to_le_bytes()));
+        out.extend(self.inner.export(seq)?);
+        Some(out)
+    }
+
+    fn import(&mut self, seq: SeqId, bytes: &[u8]) -> Result<(), String> {
+        let (&n, rest) = bytes.split_first_chunk().ok_or("no length")?;
+        let n = u64::from_le_bytes(n) as usize * size_of::<Token>();
+        let (tokens, inner) = rest.split_at_checked(n).ok_or("too short")?;
+        self.inner.import(seq, inner)?;
+        let tokens: Vec<Token> =
+            tokens.as_chunks().0.iter().map(|&token| Token::from_le_bytes(token)).collect();
+        let mut log = self.log.entries();
+        assert!(!log.gone.contains(&seq), "{seq:?} was forgotten");
+        let old = log.live.insert(seq, Seen { reading: self.model.read(&tokens), tokens, drafted: None });
+        assert!(old.is_none(), "{seq:?} has rows of its own");
+        Ok(())
+    }
+
     fn forget(&mut self, seq: SeqId) {
         let mut log = self.log.entries();
         log.live.remove(&seq);

@@ -110,6 +110,17 @@ impl Drafter for Scripted {
         can
     }
 
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        Some(self.committed.get(&seq)?.iter().flat_map(|token| token.to_le_bytes()).collect())
+    }
+
+    fn import(&mut self, seq: SeqId, bytes: &[u8]) -> Result<(), String> {
+        let (tokens, []) = bytes.as_chunks() else { return Err("half a token".to_string()) };
+        self.committed.insert(seq, tokens.iter().map(|&token| Token::from_le_bytes(token)).collect());
+        self.resting.insert(seq);
+        Ok(())
+    }
+
     fn forget(&mut self, seq: SeqId) {
         self.committed.remove(&seq);
         self.resting.remove(&seq);

@@ -321,6 +321,19 @@ impl Drafter for Dflash {
         true
     }
 
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let mut out = Vec::new();
+        self.memory.export(*self.sequences.get(&seq)?, &mut out);
+        Some(out)
+    }
+
+    fn import(&mut self, seq: SeqId, bytes: &[u8]) -> Result<(), String> {
+        let own = self.memory.import(bytes)?;
+        let old = self.sequences.insert(seq, own);
+        assert!(old.is_none(), "{seq:?} is known already");
+        Ok(())
+    }
+
     fn forget(&mut self, seq: SeqId) {
         if let Some(own) = self.sequences.remove(&seq) {
             self.memory.free(own);
