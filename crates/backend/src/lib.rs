@@ -22,11 +22,13 @@ mod op;
 mod plan;
 mod schedule;
 mod step;
+mod work;
 
 pub use builder::{Matrix, PlanBuilder, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SavedId, SlotId, Step, StepOut};
+pub use work::{Macs, PlanWork};
 
 use std::{any::Any, sync::Arc};
 
@@ -126,6 +128,8 @@ pub trait Backend: Send + Sync {
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error>;
     /// Prepares `plan` for running over `states`.
     fn compile(&self, plan: Arc<Plan>, states: &Arc<dyn States>) -> Result<Box<dyn Exec>, Error>;
+    /// What the matrix products of `plan` come to here, once it has been compiled.
+    fn work(&self, plan: &Plan) -> PlanWork;
 }
 
 /// A compiled plan.

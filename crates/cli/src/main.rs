@@ -18,6 +18,7 @@ mod progress;
 mod run;
 mod serve;
 mod sources;
+mod synth;
 
 use std::{fs::File, path::PathBuf, process::ExitCode, sync::Mutex};
 
@@ -56,6 +57,7 @@ enum Command {
     Bench(Box<bench::BenchArgs>),
     Inspect(inspect::InspectArgs),
     Convert(convert::ConvertArgs),
+    Synth(synth::SynthArgs),
 }
 
 impl Command {
@@ -63,7 +65,8 @@ impl Command {
     fn log_level(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Run(_) | Command::Bench(_) | Command::Inspect(_) | Command::Convert(_) => "warn",
+            Command::Run(_) | Command::Bench(_) => "warn",
+            Command::Inspect(_) | Command::Convert(_) | Command::Synth(_) => "warn",
         }
     }
 
@@ -74,6 +77,7 @@ impl Command {
             Command::Bench(args) => bench::run(*args),
             Command::Inspect(args) => inspect::run(args),
             Command::Convert(args) => convert::run(args).map(|()| ExitCode::SUCCESS),
+            Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         }
     }
 }

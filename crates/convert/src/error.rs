@@ -134,6 +134,26 @@ pub enum Error {
         known: String,
     },
 
+    /// The name of a shape that nobody has written down.
+    #[error("shape `{name}` is unknown; known: {known}; `:N` behind a name keeps N layers")]
+    UnknownShape {
+        /// What was asked for.
+        name: String,
+        /// All names.
+        known: String,
+    },
+
+    /// A shape cut to a number of layers that it does not have.
+    #[error("shape `{name}`: expected 1 to {n_layer} layers behind the colon, found `{found}`")]
+    BadCut {
+        /// What was asked for.
+        name: String,
+        /// Layers of the whole.
+        n_layer: usize,
+        /// What stands behind the colon.
+        found: String,
+    },
+
     /// A safetensors file can't be read, or the GGUF file can't be written.
     #[error(transparent)]
     File(#[from] paceline_gguf::Error),

@@ -12,6 +12,8 @@
 //!
 //! A family is one file under `families/` and one line in its registry. Key and tensor names are those that llama.cpp and
 //! its relatives read.
+//!
+//! [`synth`] writes models of known sizes with random weights, for measuring.
 #![forbid(unsafe_code)]
 
 mod checkpoint;
@@ -20,6 +22,7 @@ mod error;
 mod families;
 mod layout;
 mod recipe;
+pub mod synth;
 mod tokenizer;
 mod types;
 
@@ -125,7 +128,8 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Progress)) -> 
     recipe.check_complete()?;
     write_tokenizer(&mut recipe, family.drafts, options)?;
 
-    let types = types::assign(mix, &recipe.metadata, &recipe.tensors)?;
+    let shapes = recipe.tensors.iter().map(|tensor| (tensor.name.as_str(), &tensor.shape[..]));
+    let types = types::assign(mix, &recipe.metadata, shapes)?;
     let Recipe { arch, metadata, tensors, skipped, notes, .. } = recipe;
     write_file(&options.out, metadata, &checkpoint, &tensors, &types, &mut progress)?;
 

@@ -5,7 +5,6 @@ use paceline_gguf::{GgmlType, Metadata};
 use paceline_kernels::formats::mix::{Assignment, MIXES, Mix, Model, mix};
 
 use crate::Error;
-use crate::recipe::Tensor;
 
 /// The mix that a person named.
 pub(crate) fn find(name: &str) -> Result<&'static Mix, Error> {
@@ -15,17 +14,16 @@ pub(crate) fn find(name: &str) -> Result<&'static Mix, Error> {
     })
 }
 
-/// The type of each tensor, in their order; `metadata` is that of their file.
-pub(crate) fn assign(
+/// The type of each tensor, given as name and shape in their order; `metadata` is that of their file.
+pub(crate) fn assign<'a>(
     mix: &'static Mix,
     metadata: &Metadata,
-    tensors: &[Tensor],
+    tensors: impl Iterator<Item = (&'a str, &'a [u64])> + Clone,
 ) -> Result<Vec<GgmlType>, Error> {
     let arch = metadata.require_str("general.architecture")?;
     let size = |key: &str| metadata.require_u32(&format!("{arch}.{key}")).map(|n| n as usize);
-    let names = tensors.iter().map(|tensor| tensor.name.as_str());
+    let names = tensors.clone().map(|(name, _)| name);
     let (n_head, n_head_kv) = (size("attention.head_count")?, size("attention.head_count_kv")?);
     let mut assignment = Assignment::new(mix, Model::new(names, size("block_count")?, n_head, n_head_kv));
-    let ty = |tensor: &Tensor| assignment.next(&tensor.name, &tensor.shape).unwrap_or(GgmlType::F32);
-    Ok(tensors.iter().map(ty).collect())
+    Ok(tensors.map(|(name, shape)| assignment.next(name, shape).unwrap_or(GgmlType::F32)).collect())
 }

@@ -12,7 +12,7 @@
 //! Reading order: [`table`] picks the instruction set and [`scalar`] defines its kernels;
 //! [`formats`] are what [`matmul`] reads its weights from; [`attention`] over the cells of [`kv`],
 //! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between;
-//! [`team`] and [`shared`] spread all of it over threads.
+//! [`team`] and [`shared`] spread all of it over threads. [`roofline`] says what a machine can do at best.
 
 pub mod act;
 pub mod attention;
@@ -27,6 +27,7 @@ pub mod kv;
 pub mod matmul;
 pub mod norm;
 pub mod packed;
+pub mod roofline;
 pub mod rope;
 pub mod scalar;
 pub mod shared;

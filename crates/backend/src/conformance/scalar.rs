@@ -15,8 +15,8 @@ use paceline_kernels::{f16, formats};
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, Error, Exec, HeadMap, KvType, Lane, Op, PageId, Pairing, Plan,
-    RopeSpec, Rows, SavedId, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut, WeightId,
-    WeightSource,
+    PlanWork, RopeSpec, Rows, SavedId, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut,
+    WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -65,6 +65,21 @@ impl Backend for ScalarBackend {
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner).clone();
         let (decls, config, inner) = (states.decls.clone(), states.config, states.inner.clone());
         Ok(Box::new(ScalarExec { plan, weights, decls, config, inner }))
+    }
+
+    fn work(&self, plan: &Plan) -> PlanWork {
+        let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
+        let mut work = PlanWork::default();
+        for op in &plan.ops {
+            let Op::MatMul { weight, dst, .. } = op else { continue };
+            let n: usize = weights[weight.0 as usize].iter().map(Vec::len).sum();
+            work.weight_bytes += (n * size_of::<f64>()) as u64;
+            match plan.rows(*dst) {
+                Rows::Batch => work.row.float += n as u64,
+                Rows::Output => work.output.float += n as u64,
+            }
+        }
+        work
     }
 }
 

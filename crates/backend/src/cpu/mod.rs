@@ -18,9 +18,14 @@ use std::{
     },
 };
 
-use paceline_kernels::{KernelTable, Team, packed::PackedTable};
+use paceline_kernels::{
+    KernelTable, Team,
+    packed::{Grain, PackedMatrix, PackedTable},
+};
 
-use crate::{Backend, Error, Exec, Op, Plan, StateConfig, StateDecl, States, WeightId, WeightSource};
+use crate::{
+    Backend, Error, Exec, Op, Plan, PlanWork, Rows, StateConfig, StateDecl, States, WeightId, WeightSource,
+};
 
 use exec::{CpuExec, Kernels, Nanos, SHARE_FROM};
 use states::CpuStates;
@@ -146,5 +151,25 @@ impl Backend for CpuBackend {
         let exec =
             CpuExec::new(plan, states, self.team.clone(), self.kernels, self.packs, |id| self.weight(id));
         Ok(Box::new(exec.share_from(self.share_from)))
+    }
+
+    fn work(&self, plan: &Plan) -> PlanWork {
+        let mut work = PlanWork::default();
+        for op in &plan.ops {
+            let Op::MatMul { weight, dst, .. } = op else { continue };
+            let weight = self.weight(*weight);
+            let packed = weight.packed().filter(|_| self.packs);
+            work.weight_bytes += packed.map_or(weight.file_bytes(), PackedMatrix::bytes) as u64;
+            let macs = match plan.rows(*dst) {
+                Rows::Batch => &mut work.row,
+                Rows::Output => &mut work.output,
+            };
+            let n = (weight.n_in() * weight.n_rows()) as u64;
+            match packed {
+                Some(packed) if packed.grain() != Grain::F32 => macs.int += n,
+                _ => macs.float += n,
+            }
+        }
+        work
     }
 }

@@ -140,3 +140,139 @@ fn a_text_that_repeats_itself_is_named() {
     assert_eq!((&row["n_word"], &row["n_repeat"]), (&20.into(), &19.into()), "{row}");
     assert_eq!((&row["unique_word_share"], &row["is_repetitive"]), (&0.05.into(), &true.into()), "{row}");
 }
+
+const N: [u64; 10] = [1, 2, 3, 4, 5, 8, 12, 16, 24, 32];
+
+/// Every figure is there and is a possible one; how fast this machine is today is nobody's test.
+fn check_curve(report: &serde_json::Value, n_slots: &[u64]) {
+    let positive = |value: &serde_json::Value, what: &str| {
+        assert!(value.as_f64().is_some_and(|x| x > 0.0 && x.is_finite()), "{what} in {report:#}");
+    };
+    for (kind, want) in [("rows", &N[..]), ("slots", n_slots)] {
+        let found = report[kind].as_array().unwrap();
+        let n: Vec<u64> = found.iter().map(|row| row["n"].as_u64().unwrap()).collect();
+        assert_eq!(n, want, "{kind}");
+        let mut ideal = 0.0;
+        for row in found {
+            for key in ["ratio", "ideal_ms", "weight_gb_s", "read_share", "gmac_s", "peak_share"] {
+                positive(&row[key], key);
+            }
+            let (median, min) = (row["ms"]["median"].as_f64().unwrap(), row["ms"]["min"].as_f64().unwrap());
+            assert!(min > 0.0 && min <= median, "{row}");
+            assert!(row["ideal_ms"].as_f64() >= Some(ideal), "more rows never need less: {report:#}");
+            ideal = row["ideal_ms"].as_f64().unwrap();
+        }
+    }
+    assert_eq!(report["rows"][0]["ratio"], 1.0);
+    for key in ["weight_bytes", "macs_per_row", "macs_per_output"] {
+        positive(&report["step"][key], key);
+    }
+    for key in ["tok_s", "gmac_s_per_thread"] {
+        positive(&report["prefill"][key], key);
+    }
+    check_roofline(&report["roofline"]);
+    assert!(report["machine"].as_str().is_some_and(|machine| machine.contains("cores")), "{report:#}");
+}
+
+fn check_roofline(roofline: &serde_json::Value) {
+    let points = roofline["points"].as_array().unwrap();
+    assert!(!points.is_empty() && points[0]["n_threads"] == 1, "{roofline}");
+    for point in points {
+        for key in ["read_gb_s", "dot_gmac_s", "fma_gmac_s"] {
+            let (best, median) =
+                (point[key]["best"].as_f64().unwrap(), point[key]["median"].as_f64().unwrap());
+            assert!(median > 0.0 && best >= median && best.is_finite(), "{key}: {point}");
+        }
+    }
+}
+
+#[test]
+fn a_curve_of_the_bundled_pair() {
+    let dir = tempfile::tempdir().unwrap();
+    let plot = dir.path().join("curve.svg");
+    let args = ["bench", "--curve", "--rounds", "1", "--json", "--plot", plot.to_str().unwrap()];
+    let report = paceline(&args).json();
+    check_curve(&report, &N);
+    let drafter = &report["drafter"];
+    assert_eq!(drafter["n_block"], 16, "{drafter}");
+    for key in ["draft_ms", "verify_ms", "absorb_ms"] {
+        assert!(drafter[key]["median"].as_f64() > Some(0.0), "{key}: {drafter}");
+    }
+    assert!(drafter["cycle_plain_tokens"].as_f64() > Some(1.0), "{drafter}");
+    let svg = std::fs::read_to_string(plot).unwrap();
+    assert!(svg.starts_with("<svg ") && svg.ends_with("</svg>\n") && svg.contains("bundled"), "{svg}");
+    assert_eq!(svg.matches("<circle").count(), 2 * N.len(), "a dot for each size, of rows and of slots");
+}
+
+#[test]
+fn a_curve_of_a_synthetic_pair_deep_in_its_context() {
+    let dir = tempfile::tempdir().unwrap();
+    let keep = dir.path().join("toy.gguf");
+    let report = paceline(&[
+        "bench",
+        "--shape",
+        "toy-hybrid:4",
+        "--drafter-shape",
+        "dflash:toy-hybrid:4",
+        "--type",
+        "q8_0",
+        "--keep-model",
+        keep.to_str().unwrap(),
+        "--curve",
+        "--depth",
+        "1500",
+        "--rounds",
+        "1",
+        "--json",
+    ])
+    .json();
+    check_curve(&report, &[1, 2, 3, 4, 5, 8]);
+    assert_eq!(report["model"], "toy-hybrid:4 q8_0, random weights");
+    assert_eq!(report["depth"], 1500);
+    assert!(report["drafter"]["contract"].as_str().unwrap().starts_with("dflash: arch dflash"), "{report}");
+    // All of the file that is a matrix is read: four layers and the head, 34 bytes for 32 weights.
+    let head = 256 * 512;
+    assert_eq!(report["step"]["macs_per_output"], head);
+    let macs = report["step"]["macs_per_row"].as_u64().unwrap() + head;
+    let bytes = report["step"]["weight_bytes"].as_u64().unwrap();
+    assert!(bytes as f64 > 1.06 * macs as f64 && (bytes as f64) < 1.2 * macs as f64, "{bytes} for {macs}");
+    // What was kept is a model like any other; what was not is gone.
+    paceline(&["inspect", keep.to_str().unwrap()]).ok();
+    let left = std::fs::read_dir(std::env::temp_dir()).unwrap().filter_map(|entry| entry.ok());
+    let left = left.filter(|entry| entry.file_name().to_string_lossy().contains("dflash-toy-hybrid-4-q8_0"));
+    assert_eq!(left.count(), 0, "the drafter's file is gone");
+}
+
+#[test]
+fn curve_and_roofline_as_tables() {
+    let out = paceline(&["bench", "--curve", "--shape", "toy", "--rounds", "1", "-t", "1"]).ok();
+    for part in
+        ["roofline of", "memory read", "weights read by a step", "rows", "slots", "of peak", "prefill of 512"]
+    {
+        assert!(out.contains(part), "{part} in {out}");
+    }
+    let out = paceline(&["bench", "--roofline", "--rounds", "1", "-t", "2"]).ok();
+    for part in ["memory read", "8-bit integers", "floats", "GMAC/s"] {
+        assert!(out.contains(part), "{part} in {out}");
+    }
+    let report = paceline(&["bench", "--roofline", "--rounds", "1", "-t", "1", "--json"]).json();
+    check_roofline(&report["roofline"]);
+}
+
+#[test]
+fn a_wrong_shape_or_type_says_what_there_is() {
+    let fails = |args: &[&str], parts: &[&str]| {
+        paceline(&[&["bench"], args].concat()).fails_with(parts);
+    };
+    fails(&["--shape", "qwen9"], &["qwen9", "qwen3-0.6b", "qwen3.6-27b"]);
+    fails(&["--shape", "toy", "--drafter-shape", "dflash:qwen9"], &["dflash:qwen9", "dflash:qwen3-0.6b"]);
+    fails(&["--shape", "toy:99"], &["toy:99", "1 to 8"]);
+    fails(&["--shape", "toy", "--type", "q9_z"], &["q9_z", "q4_k_m"]);
+    fails(&["--shape", "toy", "-m", "x.gguf"], &["--shape", "--model"]);
+    fails(&["--depth", "5"], &["--curve"]);
+    fails(&["--curve", "--depth", "0"], &["--depth"]);
+    let help = paceline(&["bench", "--help"]).ok();
+    for part in ["--shape", "--curve", "--roofline", "--plot", "qwen3.6-27b", "dflash:qwen3-0.6b"] {
+        assert!(help.contains(part), "{part} in {help}");
+    }
+}

@@ -10,4 +10,5 @@ mod pair;
 mod readme;
 mod run;
 mod serve;
+mod synth;
 mod types;

@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use paceline_backend::{
-    Backend, Error, Exec, Plan, StateConfig, StateDecl, States, WeightId, WeightSource, cpu::CpuBackend,
+    Backend, Error, Exec, Plan, PlanWork, StateConfig, StateDecl, States, WeightId, WeightSource,
+    cpu::CpuBackend,
 };
 use paceline_gguf::GgmlType;
 use paceline_spec::{Draft, LoadDrafter, load};
@@ -274,6 +275,10 @@ impl Backend for Listing {
 
     fn compile(&self, plan: Arc<Plan>, states: &Arc<dyn States>) -> Result<Box<dyn Exec>, Error> {
         self.0.compile(plan, states)
+    }
+
+    fn work(&self, plan: &Plan) -> PlanWork {
+        self.0.work(plan)
     }
 }
 
