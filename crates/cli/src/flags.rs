@@ -127,7 +127,7 @@ impl ModelFlags {
 #[command(next_help_heading = "Sizes")]
 pub struct SizeFlags {
     /// Context in tokens over all slots; 0 is what the model was trained for, for each slot
-    #[arg(short, long, value_name = "N", env = "LLAMA_ARG_CTX_SIZE", hide_env = true)]
+    #[arg(short, long, alias = "ctx", value_name = "N", env = "LLAMA_ARG_CTX_SIZE", hide_env = true)]
     pub ctx_size: Option<u32>,
     /// Requests served at once (-np); -1 picks a number
     #[arg(

@@ -263,7 +263,7 @@ impl Loaded {
 
 impl Sizes {
     /// Sizes for `model`, and words on how they came about.
-    fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
+    pub fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
         let (kv, kv_draft) = flags.kv_types()?;
         let auto = if one_slot { 1 } else { N_SLOT_AUTO };
         let n_slot = match flags.parallel {
