@@ -13,12 +13,14 @@ import sys
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
+                          Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
+                          Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM)
 
 import dflash_reference
+import mtp_reference
 import tiny_tokenizer
 
 HERE = pathlib.Path(__file__).parent
@@ -58,12 +60,51 @@ def llama(ids):
         bos_token_id=ids["<|begin_of_text|>"], eos_token_id=ids["<|eot_id|>"]))
 
 
+def qwen3moe(ids):
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=125, hidden_size=48, intermediate_size=64, moe_intermediate_size=28, num_experts=7,
+        num_experts_per_tok=3, norm_topk_prob=True, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=20, tie_word_embeddings=False, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
+
+
+def qwen35moe(ids):
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(
+        vocab_size=129, hidden_size=44, moe_intermediate_size=20, shared_expert_intermediate_size=36, num_experts=9,
+        num_experts_per_tok=4, num_hidden_layers=7, layer_types=layer_kinds(7, 3), num_attention_heads=6,
+        num_key_value_heads=2, head_dim=12, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=10,
+        linear_value_head_dim=10, linear_conv_kernel_dim=4, tie_word_embeddings=False, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
+                         "mrope_interleaved": True, "mrope_section": [1, 1, 1]},
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
+
+
+def qwen3next(ids):
+    return Qwen3NextForCausalLM(Qwen3NextConfig(
+        vocab_size=123, hidden_size=36, intermediate_size=52, moe_intermediate_size=24,
+        shared_expert_intermediate_size=40, num_experts=6, num_experts_per_tok=2, norm_topk_prob=True,
+        num_hidden_layers=6, layer_types=layer_kinds(6, 4), num_attention_heads=4, num_key_value_heads=2, head_dim=14,
+        linear_num_key_heads=3, linear_num_value_heads=6, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_conv_kernel_dim=4, tie_word_embeddings=False, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 6 / 14},
+        bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
+
+
+# Tokenizer, model, seed.
 TARGETS = {
     # 7 layers and an interval of 3: the last layer is a linear one. R = Hv/Hk = 3 differs from Hk = 2.
-    "qwen35": ("qwen35", lambda ids: qwen35(ids, 7, 3, 2, 6, False, 131)),
-    "qwen35-tied": ("qwen35", lambda ids: qwen35(ids, 5, 4, 3, 6, True, 119)),
-    "qwen3": ("qwen2", qwen3),
-    "llama": ("llama-bpe", llama),
+    "qwen35": ("qwen35", lambda ids: qwen35(ids, 7, 3, 2, 6, False, 131), 100),
+    "qwen35-tied": ("qwen35", lambda ids: qwen35(ids, 5, 4, 3, 6, True, 119), 101),
+    "qwen3": ("qwen2", qwen3, 102),
+    "llama": ("llama-bpe", llama, 103),
+    # With a prediction head, which transformers leaves out and `make_head` adds.
+    "qwen35-mtp": ("qwen35", lambda ids: qwen35(ids, 4, 3, 2, 6, False, 131), 104),
+    # Seeds with which no router comes near a tie, and rounding in f32 grows little on its way through delta rules.
+    "qwen3moe": ("qwen2", qwen3moe, 100),
+    # R = 3 and Hk = 2 as in `qwen35`, R = 2 and Hk = 3: tiled and grouped value heads differ in both.
+    "qwen35moe": ("qwen35", qwen35moe, 207),
+    "qwen3next": ("qwen2", qwen3next, 165),
 }
 
 
@@ -84,7 +125,8 @@ def randomise(model, seed):
         elif "embed_tokens" in name:
             p.copy_(0.8 * normal(p))
         else:
-            p.copy_(normal(p) / p.shape[1] ** 0.5)
+            # Experts are stacked in front of rows and columns; routers decide clearly.
+            p.copy_(normal(p) / p.shape[-1] ** 0.5 * (2.0 if name.endswith("mlp.gate.weight") else 1.0))
 
 
 class Double(TorchFunctionMode):
@@ -119,6 +161,23 @@ def run(model, tokens):
 
 
 @torch.no_grad()
+def router_margin(model, tokens):
+    """How far the last expert chosen is from the first one not chosen, in logits, where that is least."""
+    margin = float("inf")
+
+    def look(router, _inputs, out):
+        nonlocal margin
+        ranked = out[0].sort(-1, descending=True).values
+        margin = min(margin, (ranked[:, router.top_k - 1] - ranked[:, router.top_k]).min().item())
+
+    hooks = [m.register_forward_hook(look) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    model(input_ids=tokens[None], use_cache=False)
+    for h in hooks:
+        h.remove()
+    return margin
+
+
+@torch.no_grad()
 def decode_gap(model, tokens):
     """Largest difference between the logits of one pass and those of single-token decoding with the cache."""
     whole = model(input_ids=tokens[None], use_cache=False).logits[0]
@@ -130,11 +189,12 @@ def decode_gap(model, tokens):
     return gap
 
 
-def make_target(name, seed):
-    pre, build = TARGETS[name]
+def make_target(name):
+    pre, build, seed = TARGETS[name]
     folder = HERE / name
     ids = tiny_tokenizer.build(pre, folder)
     model = build(ids).float().eval()
+    model.config._experts_implementation = "eager"  # the others ask for f32
     randomise(model, seed)
     model.save_pretrained(folder)
     n_vocab = model.config.vocab_size
@@ -143,14 +203,17 @@ def make_target(name, seed):
         model.double()
         hidden, norm, logits = run(model, tokens)
         gap = decode_gap(model, tokens)
+        margin = router_margin(model, tokens)
     assert logits.dtype == torch.float64 and gap < 1e-9, f"{name}: decoding differs from one pass by {gap}"
+    # An f32 implementation is some 1e-5 off: none may choose another expert for that.
+    assert margin > 1e-3, f"{name}: a router decides by {margin}: choose another seed"
     out = {f"hidden.{il}": h for il, h in enumerate(hidden)}
     out |= {"tokens": tokens.to(torch.int32), "final_norm": norm, "logits": logits}
     save(out, folder / "golden.safetensors")
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, logits in "
           f"[{logits.min():.2f}, {logits.max():.2f}], last hidden rms {hidden[-1].pow(2).mean().sqrt():.2f}, "
-          f"decode gap {gap:.1e}")
-    return model, ids, tokens, hidden
+          f"decode gap {gap:.1e}, router margin {margin:.1e}")
+    return model, ids, tokens, hidden, norm
 
 
 def save(tensors, path):
@@ -211,12 +274,48 @@ def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
     print(f"{name}: {len(POINTS)} points, dense against incremental {worst:.1e}")
 
 
+# Points of the sequence at which the head drafts: (committed tokens, anchor or None for the sequence's own token).
+HEAD_POINTS = [(1, None), (2, None), (3, 5), (16, None), (17, 77), (40, None), (75, 33)]
+N_HEAD_DRAFT = 4
+
+
+@torch.no_grad()
+def make_head(name, seed, target, tokens, norm):
+    """Adds a random prediction head to a checkpoint, and what it drafts to the goldens."""
+    folder, gen = HERE / name, torch.Generator().manual_seed(seed)
+    config = json.loads((folder / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    head = {}
+    for key, shape in mtp_reference.shapes(config).items():
+        noise = torch.randn(shape, generator=gen)
+        head[key] = 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+    save(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
+
+    f64 = lambda t: t.detach().double()
+    reference = mtp_reference.Head(config, {k: f64(v) for k, v in head.items()}, f64(target.model.embed_tokens.weight),
+                                   f64(target.lm_head.weight))
+    out, rows, gap = load_file(folder / "golden.safetensors"), [], float("inf")
+    for i, (n, anchor) in enumerate(HEAD_POINTS):
+        anchor = int(tokens[n]) if anchor is None else anchor
+        rows.append([n, anchor])
+        logits = reference.draft(tokens[:n], f64(norm[:n]), anchor, N_HEAD_DRAFT)
+        top = logits.topk(2).values
+        gap = min(gap, (top[:, 0] - top[:, 1]).min().item())
+        out[f"head.{i}.logits"] = logits
+    assert gap > 0.01, f"{name}: a greedy draft hangs on a difference of {gap}; choose another seed"
+    out["head_points"] = torch.tensor(rows, dtype=torch.int32)
+    save(out, folder / "golden.safetensors")
+    print(f"{name}: {len(rows)} points, smallest lead of a choice {gap:.3f}")
+
+
 def main():
     torch.set_num_threads(1)
     wanted = sys.argv[1:] or [*TARGETS, "dflash"]
-    for i, name in enumerate(TARGETS):
+    for name in TARGETS:
         if name in wanted or (name == "qwen35" and "dflash" in wanted):
-            model, ids, tokens, hidden = make_target(name, 100 + i)
+            model, ids, tokens, hidden, norm = make_target(name)
+            if name == "qwen35-mtp":
+                make_head(name, 12, model, tokens, norm)
             if name == "qwen35" and "dflash" in wanted:
                 make_drafter("dflash", 7, model, ids, tokens, hidden)
                 make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, is_causal=False)

@@ -125,7 +125,7 @@ fn chain(n_threads: usize) -> Toy {
 }
 
 fn toy(backend: &CpuBackend, plan: paceline_backend::Plan, decls: &[StateDecl]) -> Toy {
-    let config = StateConfig { page_len: 64, kv_type: KvType::F16, n_tentative_max: 16 };
+    let config = StateConfig { page_len: 64, kv: KvType::F16.into(), n_tentative_max: 16 };
     let states = backend.alloc_states(decls, config).unwrap();
     let pages: Vec<PageId> = (0..16).map(PageId).collect();
     pages.iter().for_each(|page| states.page_alloc(*page));

@@ -1,7 +1,7 @@
 //! Recording a plan: code that reads like eager maths and leaves a list of ops.
 
 use crate::{
-    op::{AttentionOp, HeadMap, Op, RopeSpec},
+    op::{AttentionOp, HeadMap, Op, RopeSpec, RouterSpec},
     plan::{Buf, BufDecl, Plan, Rows, StateId, WeightId},
 };
 
@@ -25,28 +25,67 @@ pub struct Vector {
     pub len: usize,
 }
 
+/// The weights of all experts for one product, that a backend holds: `n_expert` matrices one behind the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// Where the backend keeps them.
+    pub id: WeightId,
+    /// Width of the input.
+    pub n_in: usize,
+    /// Width of one expert's output.
+    pub n_out: usize,
+    /// Number of experts.
+    pub n_expert: usize,
+}
+
+/// What a router chose: `n_used` slots a row, each with an expert and its weight.
+#[derive(Clone, Copy, Debug)]
+pub struct Routes {
+    /// Numbers of the experts.
+    pub ids: Buf,
+    /// Their weights.
+    pub weights: Buf,
+    /// Experts that there are.
+    pub n_expert: usize,
+}
+
+/// A hidden state that somebody outside the plan wants to see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tap {
+    /// The residual stream behind a layer, counted from 0, before any norm.
+    Layer(usize),
+    /// What the head reads: the last layer's output behind the model's final norm.
+    FinalNorm,
+}
+
+impl From<usize> for Tap {
+    fn from(il: usize) -> Tap {
+        Tap::Layer(il)
+    }
+}
+
 /// Records ops. Shapes are proven when weights are loaded, so a mismatch here is a bug and panics with both
 /// shapes.
 pub struct PlanBuilder<'a> {
     ops: Vec<Op>,
     bufs: Vec<BufDecl>,
-    tap_layers: &'a [usize],
+    wanted: &'a [Tap],
+    n_tapped: usize,
     taps: Option<Buf>,
 }
 
 impl<'a> PlanBuilder<'a> {
-    /// A recorder that keeps the hidden states after the layers of `tap_layers`, in that order.
-    pub fn new(tap_layers: &'a [usize]) -> Self {
-        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), tap_layers, taps: None }
+    /// A recorder that keeps the hidden states at `taps`, side by side in that order.
+    pub fn new(taps: &'a [Tap]) -> Self {
+        PlanBuilder { ops: Vec::new(), bufs: Vec::new(), wanted: taps, n_tapped: 0, taps: None }
     }
 
     /// The finished plan; `output` is what [`StepOut::output`](crate::StepOut) will hold.
     ///
-    /// Panics if a tap layer was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
+    /// Panics if a tap was never offered through [`tap`](Self::tap), or if an op's result is read by nothing:
     /// computing what nobody wants is a slip in the model's code.
     pub fn finish(self, output: Option<Buf>) -> Plan {
-        let placed = self.ops.iter().filter(|op| matches!(op, Op::Place { .. })).count();
-        assert_eq!(placed, self.tap_layers.len(), "tap layers {:?} were not all reached", self.tap_layers);
+        assert_eq!(self.n_tapped, self.wanted.len(), "taps {:?} were not all reached", self.wanted);
         let plan = Plan::new(self.ops, self.bufs, output, self.taps);
         if let Some(op) = plan.unread() {
             panic!("nothing reads the result of {op:?} in\n{plan}");
@@ -228,6 +267,46 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
+    /// `[r, n_expert] ->` the experts of each row and their weights.
+    pub fn router(&mut self, logits: Buf, spec: RouterSpec) -> Routes {
+        let BufDecl { width: n_expert, rows } = self.decl(logits);
+        let n_used = spec.n_used;
+        assert!(0 < n_used && n_used <= n_expert, "router: {n_used} of {n_expert} experts");
+        let (ids, weights) = (self.buf(n_used, rows), self.buf(n_used, rows));
+        self.ops.push(Op::Router { logits, spec, ids, weights });
+        Routes { ids, weights, n_expert }
+    }
+
+    /// `[r, n_in]`, or `[r, n_used · n_in]` with an input for each slot, `-> [r, n_used · n_out]`.
+    pub fn expert_matmul(&mut self, src: Buf, routes: Routes, weight: &Experts) -> Buf {
+        let (BufDecl { width, rows }, ids) = (self.decl(src), self.decl(routes.ids));
+        let &Experts { id, n_in, n_out, n_expert } = weight;
+        assert!(
+            width == n_in || width == ids.width * n_in,
+            "expert_matmul: input of {width} values for weights of {n_in} and {} slots",
+            ids.width
+        );
+        assert!(rows == ids.rows, "expert_matmul: {rows:?} rows of input, {:?} rows of experts", ids.rows);
+        assert_eq!(n_expert, routes.n_expert, "expert_matmul: experts of the weights and of the router");
+        let dst = self.buf(ids.width * n_out, rows);
+        self.ops.push(Op::ExpertMatMul { weight: id, n_expert, n_in, ids: routes.ids, src, dst });
+        dst
+    }
+
+    /// `[r, n_used · width] -> [r, width]`: the slots of each row, weighted and added from the first on.
+    pub fn weighted_sum(&mut self, src: Buf, routes: Routes) -> Buf {
+        let (BufDecl { width, rows }, weights) = (self.decl(src), self.decl(routes.weights));
+        assert!(
+            width % weights.width == 0 && rows == weights.rows,
+            "weighted_sum: {width} values of {rows:?} rows in {} slots of {:?}",
+            weights.width,
+            weights.rows
+        );
+        let dst = self.buf(width / weights.width, rows);
+        self.ops.push(Op::WeightedSum { src, weights: routes.weights, dst });
+        dst
+    }
+
     /// `silu(gate) * up`.
     pub fn silu_mul(&mut self, gate: Buf, up: Buf) -> Buf {
         self.same_shape("silu_mul", gate, up);
@@ -236,9 +315,11 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
-    /// `src * sigmoid(gate)`.
+    /// `src * sigmoid(gate)`; the gate is as wide as `src`, or one value for the whole row.
     pub fn sigmoid_mul(&mut self, src: Buf, gate: Buf) -> Buf {
-        self.same_shape("sigmoid_mul", src, gate);
+        if self.width(gate) != 1 || self.decl(gate).rows != self.decl(src).rows {
+            self.same_shape("sigmoid_mul", src, gate);
+        }
         let dst = self.like(src);
         self.ops.push(Op::SigmoidMul { src, gate, dst });
         dst
@@ -261,16 +342,37 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
-    /// Offers the hidden state after layer `il`; kept only if somebody asked for it.
-    pub fn tap(&mut self, il: usize, x: Buf) {
+    /// The parts side by side.
+    pub fn concat(&mut self, parts: &[Buf]) -> Buf {
+        let rows = self.decl(parts[0]).rows;
+        let width = parts.iter().map(|part| self.width(*part)).sum();
+        let dst = self.buf(width, rows);
+        let mut column = 0;
+        for &src in parts {
+            let part = self.decl(src);
+            assert!(part.rows == rows, "concat: {:?} rows beside {rows:?} rows", part.rows);
+            self.ops.push(Op::Place { src, dst, column });
+            column += part.width;
+        }
+        dst
+    }
+
+    /// True if somebody asked for the hidden state at `tap`.
+    pub fn is_tapped(&self, tap: Tap) -> bool {
+        self.wanted.contains(&tap)
+    }
+
+    /// Offers the hidden state at `tap` (a layer's index, or another place); kept only if somebody asked for it.
+    pub fn tap(&mut self, tap: impl Into<Tap>, x: Buf) {
         self.all_rows("tap", x);
-        let width = self.width(x);
-        for (i, _) in self.tap_layers.iter().enumerate().filter(|&(_, &layer)| layer == il) {
+        let (tap, width) = (tap.into(), self.width(x));
+        for (i, _) in self.wanted.iter().enumerate().filter(|&(_, &wanted)| wanted == tap) {
             let dst = match self.taps {
                 Some(taps) => taps,
-                None => self.buf(width * self.tap_layers.len(), Rows::Batch),
+                None => self.buf(width * self.wanted.len(), Rows::Batch),
             };
             self.taps = Some(dst);
+            self.n_tapped += 1;
             self.ops.push(Op::Place { src: x, dst, column: i * width });
         }
     }
@@ -290,7 +392,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use super::*;
-    use crate::{BlockMask, Pairing};
+    use crate::{BlockMask, Pairing, RouterScore};
 
     fn matrix(n_in: usize, n_out: usize) -> Matrix {
         Matrix { id: WeightId(0), n_in, n_out }
@@ -302,7 +404,7 @@ mod tests {
 
     /// `record` is given rows of 6 values, rows of 4, and output rows of 4; it must panic with `message`.
     fn check(record: impl Fn(&mut PlanBuilder<'_>, [Buf; 3]), message: &str) {
-        let mut p = PlanBuilder::new(&[0]);
+        let mut p = PlanBuilder::new(&[Tap::Layer(0)]);
         let (six, four) = (p.input(6), p.input(4));
         let out = p.select_outputs(four);
         let panic = catch_unwind(AssertUnwindSafe(|| {
@@ -371,14 +473,47 @@ mod tests {
             |p, [six, four, _]| _ = p.delta_rule(StateId(0), six, (four, four), 6, HeadMap::Tiled, 0.0),
             "delta_rule: 6 values in 4 heads",
         );
+        let spec = |n_used| RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 };
+        let experts = |n_in, n_expert| Experts { id: WeightId(0), n_in, n_out: 2, n_expert };
+        check(|p, [_, four, _]| _ = p.router(four, spec(5)), "router: 5 of 4 experts");
+        check(|p, [_, four, _]| _ = p.router(four, spec(0)), "router: 0 of 4 experts");
+        check(
+            |p, [six, four, _]| {
+                let routes = p.router(four, spec(2));
+                p.expert_matmul(six, routes, &experts(4, 4));
+            },
+            "expert_matmul: input of 6 values for weights of 4 and 2 slots",
+        );
+        check(
+            |p, [_, four, out]| {
+                let routes = p.router(four, spec(2));
+                p.expert_matmul(out, routes, &experts(4, 4));
+            },
+            "expert_matmul: Output rows of input, Batch rows of experts",
+        );
+        check(
+            |p, [_, four, _]| {
+                let routes = p.router(four, spec(2));
+                p.expert_matmul(four, routes, &experts(4, 5));
+            },
+            "experts of the weights and of the router",
+        );
+        check(
+            |p, [six, four, _]| {
+                let routes = p.router(six, spec(3));
+                p.weighted_sum(four, routes);
+            },
+            "weighted_sum: 4 values of Batch rows in 3 slots of Batch",
+        );
         check(|p, [six, ..]| _ = p.columns(six, 4, 0, 2), "columns: 0+2 of 4 in 6");
+        check(|p, [_, four, out]| _ = p.concat(&[four, out]), "concat: Output rows beside Batch rows");
         check(|p, [_, _, out]| p.tap(0, out), "tap: Output rows");
         check(|p, [_, _, out]| _ = p.select_outputs(out), "select_outputs: Output rows");
     }
 
     #[test]
     fn a_plan_must_reach_its_taps_and_use_what_it_computes() {
-        check(|_, _| (), "tap layers [0] were not all reached");
+        check(|_, _| (), "taps [Layer(0)] were not all reached");
         check(|p, [six, ..]| p.tap(0, six), "nothing reads the result of SelectOutputs");
         // What only a state sees is read.
         let mut p = PlanBuilder::new(&[]);

@@ -71,6 +71,20 @@ impl Plan {
             Op::MatMul { weight, bias, src, dst } => {
                 to(*dst, format!("matmul {weight} {src}{}", or(*bias, "bias")))
             }
+            Op::Router { logits, spec, ids, weights } => format!(
+                "{}, {} = router {logits}, {:?}, {}scale {}",
+                self.shape(*ids),
+                self.shape(*weights),
+                spec.score,
+                if spec.normalise { "normalised, " } else { "" },
+                spec.scale
+            ),
+            Op::ExpertMatMul { weight, n_expert, ids, src, dst, .. } => {
+                to(*dst, format!("expert_matmul {weight} {src}, {n_expert} experts, ids {ids}"))
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                to(*dst, format!("weighted_sum {src}, weights {weights}"))
+            }
             Op::RmsNorm { src, weight, dst, eps, group } => {
                 to(*dst, format!("rms_norm {src}{}, groups of {group}, eps {eps:e}", or(*weight, "weight")))
             }
@@ -151,12 +165,12 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use crate::{AttentionOp, BlockMask, Matrix, PlanBuilder, StateId, Vector, WeightId};
+    use crate::{AttentionOp, BlockMask, Matrix, PlanBuilder, StateId, Tap, Vector, WeightId};
 
     #[test]
     fn a_plan_reads_as_the_model_that_recorded_it() {
         let matrix = |id, n_in, n_out| Matrix { id: WeightId(id), n_in, n_out };
-        let mut p = PlanBuilder::new(&[0]);
+        let mut p = PlanBuilder::new(&[Tap::Layer(0)]);
         let x = p.embed(&matrix(0, 4, 9), 1.0);
         let h = p.rms_norm(x, &Vector { id: WeightId(1), len: 4 }, 1e-6);
         let [q, k, v] = p.matmuls(h, [&matrix(2, 4, 4), &matrix(3, 4, 2), &matrix(4, 4, 2)]);

@@ -24,8 +24,8 @@ mod schedule;
 mod step;
 mod work;
 
-pub use builder::{Matrix, PlanBuilder, Vector};
-pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec};
+pub use builder::{Experts, Matrix, PlanBuilder, Routes, Tap, Vector};
+pub use op::{AttentionOp, BlockMask, BufRange, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SavedId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};
@@ -33,7 +33,10 @@ pub use work::{Macs, PlanWork};
 use std::{any::Any, sync::Arc};
 
 use paceline_gguf::GgmlType;
-pub use paceline_kernels::rope::Pairing;
+pub use paceline_kernels::{
+    kv::{KvType, KvTypes},
+    rope::Pairing,
+};
 
 /// A token id. The same type as in `text` and `sampling`, which do not depend on this crate.
 pub type Token = u32;
@@ -61,6 +64,19 @@ pub enum Error {
     /// A setting of the environment or of a flag that names no kernel set.
     #[error("{0}")]
     Kernels(String),
+    /// Heads are not whole blocks of the type that was asked for.
+    #[error(
+        "KV cells of type {ty} hold blocks of 32 values, and this model's KV heads have {head_dim} (head_dim); types that \
+         work with it: {supported}"
+    )]
+    KvType {
+        /// The type.
+        ty: KvType,
+        /// Width of a head.
+        head_dim: usize,
+        /// The types that would work.
+        supported: String,
+    },
     /// The device ran out of memory.
     #[error("out of memory: {what} needs {bytes} bytes")]
     OutOfMemory {
@@ -85,34 +101,15 @@ pub struct WeightSource {
 pub struct StateConfig {
     /// KV cells in one page.
     pub page_len: usize,
-    /// Storage type of K and V.
-    pub kv_type: KvType,
+    /// Storage types of K and V.
+    pub kv: KvTypes,
     /// The most rows of one lane that may be tentative beyond the certain ones.
     pub n_tentative_max: usize,
 }
 
 impl Default for StateConfig {
     fn default() -> Self {
-        StateConfig { page_len: 64, kv_type: KvType::F16, n_tentative_max: 32 }
-    }
-}
-
-/// Storage type of a KV cell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvType {
-    /// 4 bytes a value, what goldens are compared with.
-    F32,
-    /// 2 bytes a value, the default.
-    F16,
-}
-
-impl KvType {
-    /// Bytes of one stored value.
-    pub fn bytes(self) -> usize {
-        match self {
-            KvType::F32 => 4,
-            KvType::F16 => 2,
-        }
+        StateConfig { page_len: 64, kv: KvTypes { k: KvType::F16, v: KvType::F16 }, n_tentative_max: 32 }
     }
 }
 

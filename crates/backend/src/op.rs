@@ -37,6 +37,31 @@ pub enum BlockMask {
     Full,
 }
 
+/// How a router turns logits into the weights of the experts that it chooses.
+///
+/// Experts are ranked by their logits, ties going to the lower number. NaN ranks above all numbers, so that it reaches the
+/// output.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RouterSpec {
+    /// Experts chosen for each row, the best first.
+    pub n_used: usize,
+    /// What a logit becomes.
+    pub score: RouterScore,
+    /// Whether the weights of a row are divided by their sum.
+    pub normalise: bool,
+    /// Factor on the weights after that.
+    pub scale: f32,
+}
+
+/// What a router makes of a row of logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterScore {
+    /// The softmax over all experts.
+    Softmax,
+    /// The sigmoid of each.
+    Sigmoid,
+}
+
 /// Softmax attention of each row over its sequence's cells and its lane's rows.
 #[derive(Clone, Debug)]
 pub struct AttentionOp {
@@ -84,6 +109,43 @@ pub enum Op {
         /// Input, `n_in` wide.
         src: Buf,
         /// Result, `n_out` wide.
+        dst: Buf,
+    },
+    /// Chooses experts for each row.
+    Router {
+        /// `[n_expert]` a row.
+        logits: Buf,
+        /// How to choose and weigh.
+        spec: RouterSpec,
+        /// Numbers of the chosen experts, `[n_used]` a row, as floats.
+        ids: Buf,
+        /// Their weights, `[n_used]` a row.
+        weights: Buf,
+    },
+    /// Slot `s` of a row, `dst[s] = W[ids[s]] src` or `W[ids[s]] src[s]`: a product with the expert of each slot.
+    ///
+    /// An expert is read once for all the rows that chose it, and not at all if none did.
+    ExpertMatMul {
+        /// Weight of shape `[n_in, n_out, n_expert]` in file order.
+        weight: WeightId,
+        /// Number of experts.
+        n_expert: usize,
+        /// Width of a slot's input.
+        n_in: usize,
+        /// The `ids` of a router, `[n_used]` a row.
+        ids: Buf,
+        /// Input, `n_in` values for all slots or `n_used · n_in` for each its own.
+        src: Buf,
+        /// Result, `n_used · n_out` wide.
+        dst: Buf,
+    },
+    /// `dst = Σ_s weights[s] · src[s]`, slot by slot from the first on.
+    WeightedSum {
+        /// Input, a part as wide as `dst` for each slot.
+        src: Buf,
+        /// A weight for each slot.
+        weights: Buf,
+        /// Result.
         dst: Buf,
     },
     /// Over each group of `group` values: `dst = src * rsqrt(mean(src²) + eps) * weight`.
@@ -192,7 +254,7 @@ pub enum Op {
     SigmoidMul {
         /// Input.
         src: Buf,
-        /// Through the sigmoid.
+        /// Through the sigmoid: as wide as `src`, or one value for the whole row.
         gate: Buf,
         /// Result.
         dst: Buf,
@@ -219,7 +281,7 @@ pub enum Op {
         /// Values taken of each group.
         len: usize,
     },
-    /// Copies `src` into columns of `dst` from `column` on: how taps are gathered.
+    /// Copies `src` into columns of `dst` from `column` on: how taps are gathered, and parts joined.
     Place {
         /// Input.
         src: Buf,
@@ -268,6 +330,9 @@ impl Op {
             | Op::Place { src, .. }
             | Op::SelectOutputs { src, .. } => vec![src],
             Op::GatedRmsNorm { src, gate, .. } | Op::SigmoidMul { src, gate, .. } => vec![src, gate],
+            Op::Router { logits, .. } => vec![logits],
+            Op::ExpertMatMul { ids, src, .. } => vec![ids, src],
+            Op::WeightedSum { src, weights, .. } => vec![src, weights],
             Op::KvAppend { k, v, .. } => vec![k, v],
             Op::Attention(ref op) => vec![op.q],
             Op::DeltaGates { alpha, b, .. } => vec![alpha, b],
@@ -283,6 +348,7 @@ impl Op {
         match *self {
             Op::KvAppend { .. } => vec![],
             Op::DeltaGates { decay, beta, .. } => vec![whole(decay), whole(beta)],
+            Op::Router { ids, weights, .. } => vec![whole(ids), whole(weights)],
             Op::Place { src, dst, column } => {
                 vec![BufRange { buf: dst, columns: column..column + width(src) }]
             }
@@ -290,6 +356,8 @@ impl Op {
             Op::Embed { dst, .. }
             | Op::Input { dst }
             | Op::MatMul { dst, .. }
+            | Op::ExpertMatMul { dst, .. }
+            | Op::WeightedSum { dst, .. }
             | Op::RmsNorm { dst, .. }
             | Op::GatedRmsNorm { dst, .. }
             | Op::Rope { dst, .. }

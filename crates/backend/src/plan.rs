@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use crate::{op::Op, schedule};
+use crate::{Error, KvType, KvTypes, op::Op, schedule};
 
 /// A row buffer of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,6 +75,30 @@ impl StateDecl {
         match self {
             StateDecl::Kv { n_head, head_dim } => 2 * n_head * head_dim,
             _ => 0,
+        }
+    }
+
+    /// Bytes of a KV cell, 0 for states that are not paged.
+    pub fn cell_bytes(&self, types: KvTypes) -> usize {
+        match self {
+            StateDecl::Kv { n_head, head_dim } => n_head * types.cell_bytes(*head_dim),
+            _ => 0,
+        }
+    }
+
+    /// Whether heads are whole blocks of these types.
+    pub fn check_kv(&self, types: KvTypes) -> Result<(), Error> {
+        match *self {
+            StateDecl::Kv { head_dim, .. } => {
+                match [types.k, types.v].into_iter().find(|ty| !ty.fits(head_dim)) {
+                    Some(ty) => {
+                        let supported = KvType::names(KvType::ALL.into_iter().filter(|ty| ty.fits(head_dim)));
+                        Err(Error::KvType { ty, head_dim, supported })
+                    }
+                    None => Ok(()),
+                }
+            }
+            _ => Ok(()),
         }
     }
 

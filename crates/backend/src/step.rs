@@ -97,6 +97,9 @@ pub struct StepOut {
     pub taps: Vec<f32>,
     /// Width of a taps row, 0 without taps.
     pub taps_width: usize,
+    /// Experts that the products of this step read, each layer's by itself: what a step of a mixture of experts costs
+    /// beside its rows. 0 where there are none, and on backends that do not count.
+    pub n_experts_read: usize,
 }
 
 impl StepOut {

@@ -22,6 +22,9 @@ impl Macs {
 pub struct PlanWork {
     /// Bytes of the matrices, in the form that products read; once for all rows, where a backend reads them once.
     pub weight_bytes: u64,
+    /// Bytes of the matrices of one expert, on average over the layers: read by each that
+    /// [`StepOut::n_experts_read`](crate::StepOut::n_experts_read) counts, on top.
+    pub expert_bytes: u64,
     /// Products for each row of the step.
     pub row: Macs,
     /// Products for each output row, on top.
@@ -29,6 +32,11 @@ pub struct PlanWork {
 }
 
 impl PlanWork {
+    /// Bytes of the matrices that a step reads in which so many experts are read.
+    pub fn read_bytes(&self, n_experts_read: usize) -> u64 {
+        self.weight_bytes + self.expert_bytes * n_experts_read as u64
+    }
+
     /// Products of a step of `n` rows with `n_output` outputs.
     pub fn macs(&self, n: usize, n_output: usize) -> Macs {
         let (n, n_output) = (n as u64, n_output as u64);

@@ -55,6 +55,7 @@ impl Answer {
             "timings": timings,
             "speculation": {
                 "state": state_name(&self.stats.speculation),
+                "drafter": self.stats.drafter,
                 "note": state_words(&self.stats),
                 "n_verify": self.stats.n_verify,
                 "accept_len": self.stats.accept_len(),
@@ -111,6 +112,7 @@ fn state_name(note: &SpeculationNote) -> &'static str {
         SpeculationNote::Active => "active",
         SpeculationNote::Faulted(_) => "faulted",
         SpeculationNote::Useless => "useless",
+        SpeculationNote::Resting => "resting",
     }
 }
 
@@ -118,7 +120,10 @@ fn state_words(stats: &Stats) -> String {
     match &stats.speculation {
         SpeculationNote::NoDrafter => "no drafter".to_string(),
         SpeculationNote::OffByRequest => "off".to_string(),
-        SpeculationNote::Active => "active".to_string(),
+        SpeculationNote::Active => {
+            stats.drafter.map_or("active".to_string(), |drafter| format!("{drafter} active"))
+        }
+        SpeculationNote::Resting => "resting, since drafting costs more than it gains here".to_string(),
         SpeculationNote::Faulted(reason) => format!("the drafter was dropped: {reason}"),
         SpeculationNote::Useless => {
             format!("useless here, {} tokens drafted and none accepted", stats.n_draft)

@@ -4,14 +4,14 @@
 //! command lines people have go on working. Their names with one dash and several letters (`-md`, `-np`) are given
 //! to clap as hidden long names; [`one_dash`] rewrites them before clap looks.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, str::FromStr};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use paceline_backend::KvType;
+use paceline_backend::{KvType, KvTypes};
 use paceline_engine::CacheConfig;
 use paceline_sampling::{SamplingParams, samplers};
-use paceline_spec::DRAFTERS;
+use paceline_spec::DrafterKind;
 use paceline_text::{ChatTemplate, ReasoningFormat};
 use serde_json::{Map, Value};
 
@@ -64,7 +64,8 @@ pub struct ModelFlags {
     /// Token for private and gated repositories (-hft)
     #[arg(long, alias = "hft", value_name = "TOKEN", env = "HF_TOKEN", hide_env_values = true)]
     pub hf_token: Option<String>,
-    /// Kinds of speculation: dflash, none
+    /// Who drafts, one or several: dflash, draft (a small model), draft-mtp (the target's own prediction head),
+    /// ngram-simple (copies from the text); none
     #[arg(long, value_name = "KINDS", env = "LLAMA_ARG_SPEC_TYPE", hide_env = true)]
     pub spec_type: Option<String>,
     /// Same as --spec-type dflash
@@ -75,50 +76,24 @@ pub struct ModelFlags {
     pub no_draft: bool,
 }
 
-/// Kinds of speculation that other servers have and that are not built here yet.
-const SPEC_TYPES_TO_COME: &[&str] = &[
-    "draft-simple",
-    "draft",
-    "draft-mtp",
-    "mtp",
-    "draft-eagle3",
-    "eagle3",
-    "draft-dspark",
-    "dspark",
-    "suffix",
-    "lookup",
-    "copyspec",
-    "recycle",
-    "ngram-cache",
-    "ngram-simple",
-    "ngram-map-k",
-    "ngram-map-k4v",
-    "ngram-mod",
-];
-
 impl ModelFlags {
-    /// False if the user wants no speculation. Kinds that do not exist are refused: going on without them would be
-    /// slower than what was asked for, and nobody would know why.
-    pub fn wants_drafter(&self) -> Result<bool> {
-        let kinds =
-            self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).filter(|k| !k.is_empty());
-        let mut wants = None;
-        for kind in kinds {
-            let known = DRAFTERS.iter().any(|d| d.name == kind || d.aliases.contains(&kind));
-            match kind {
-                "none" => wants = wants.or(Some(false)),
-                _ if known => wants = Some(true),
-                _ if SPEC_TYPES_TO_COME.contains(&kind) => bail!(
-                    "--spec-type {kind} is not built yet\nhint: use --spec-type {} with a drafter of that kind, or none",
-                    DRAFTERS[0].name
-                ),
-                _ => bail!(
-                    "--spec-type: expected {} or none, found `{kind}`",
-                    DRAFTERS.iter().map(|d| d.name).collect::<Vec<_>>().join(", ")
-                ),
+    /// The kinds of drafters that the user asks for; empty if there shall be none, and none if nothing was said. Kinds
+    /// that do not exist are refused: going on without them would be slower than what was asked for, and nobody
+    /// would know why.
+    pub fn drafter_kinds(&self) -> Result<Option<Vec<&'static DrafterKind>>> {
+        let dflash = self.dflash.then_some("dflash");
+        let said = self.spec_type.as_deref().unwrap_or("").split(',').map(str::trim).chain(dflash);
+        let mut kinds: Option<Vec<&'static DrafterKind>> = None;
+        for name in said.filter(|name| !name.is_empty()) {
+            let kinds = kinds.get_or_insert_default();
+            if name != "none" {
+                let kind = paceline_spec::kind(name).context("--spec-type")?;
+                if !kinds.iter().any(|known| known.name == kind.name) {
+                    kinds.push(kind);
+                }
             }
         }
-        Ok(!self.no_draft && (self.dflash || wants.unwrap_or(true)))
+        Ok(if self.no_draft { Some(Vec::new()) } else { kinds })
     }
 }
 
@@ -151,31 +126,31 @@ pub struct SizeFlags {
     /// Most rows of a step (-ub); drafts are never cut to fit
     #[arg(long, alias = "ub", value_name = "N", env = "LLAMA_ARG_UBATCH", hide_env = true)]
     pub ubatch_size: Option<usize>,
-    /// Storage type of keys (-ctk): f16, f32
+    /// Storage type of keys (-ctk): f32, f16, bf16, q8_0, q5_0, q4_1, q4_0, iq4_nl; f16 if not given
     #[arg(
         long,
         alias = "ctk",
         value_name = "TYPE",
         env = "LLAMA_ARG_CACHE_TYPE_K",
         hide_env = true,
-        value_parser = kv_type
+        value_parser = KvType::from_str
     )]
     pub cache_type_k: Option<KvType>,
-    /// Storage type of values (-ctv); as that of the keys
+    /// Storage type of values (-ctv), likewise
     #[arg(
         long,
         alias = "ctv",
         value_name = "TYPE",
         env = "LLAMA_ARG_CACHE_TYPE_V",
         hide_env = true,
-        value_parser = kv_type
+        value_parser = KvType::from_str
     )]
     pub cache_type_v: Option<KvType>,
     /// The drafter's storage type of keys (-ctkd)
-    #[arg(long = "spec-draft-type-k", aliases = ["ctkd", "cache-type-k-draft"], value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long = "spec-draft-type-k", aliases = ["ctkd", "cache-type-k-draft"], value_name = "TYPE", value_parser = KvType::from_str)]
     pub draft_type_k: Option<KvType>,
     /// The drafter's storage type of values (-ctvd)
-    #[arg(long = "spec-draft-type-v", aliases = ["ctvd", "cache-type-v-draft"], value_name = "TYPE", value_parser = kv_type)]
+    #[arg(long = "spec-draft-type-v", aliases = ["ctvd", "cache-type-v-draft"], value_name = "TYPE", value_parser = KvType::from_str)]
     pub draft_type_v: Option<KvType>,
     /// Threads that compute; 0 is one per core
     #[arg(
@@ -202,6 +177,9 @@ pub struct SizeFlags {
         hide_env = true
     )]
     pub spec_draft_n_max: Option<usize>,
+    /// Drafts at full length always, whether that pays or not
+    #[arg(long, alias = "draft-fixed")]
+    pub spec_draft_fixed: bool,
     #[command(flatten)]
     pub cache: CacheFlags,
 }
@@ -266,20 +244,13 @@ impl CacheFlags {
 }
 
 impl SizeFlags {
-    /// Storage of the target's cells and of the drafter's.
-    pub fn kv_types(&self) -> Result<(KvType, KvType)> {
-        let one = |what: &str, k: Option<KvType>, v: Option<KvType>| match (k, v) {
-            (Some(k), Some(v)) if k != v => {
-                bail!(
-                    "{what}: different types for keys and values are not supported yet\nhint: give both the same type"
-                )
-            }
-            (k, v) => Ok(k.or(v).unwrap_or(KvType::F16)),
+    /// Storage of the target's cells and of the drafter's: f16, each, if nothing is said.
+    pub fn kv_types(&self) -> (KvTypes, KvTypes) {
+        let one = |k: Option<KvType>, v: Option<KvType>| KvTypes {
+            k: k.unwrap_or(KvType::F16),
+            v: v.unwrap_or(KvType::F16),
         };
-        Ok((
-            one("-ctk, -ctv", self.cache_type_k, self.cache_type_v)?,
-            one("-ctkd, -ctvd", self.draft_type_k, self.draft_type_v)?,
-        ))
+        (one(self.cache_type_k, self.cache_type_v), one(self.draft_type_k, self.draft_type_v))
     }
 
     /// Threads to compute with, 0 for one per core.
@@ -541,18 +512,6 @@ impl TemplateFlags {
     }
 }
 
-/// `-ctk` and its kin.
-fn kv_type(name: &str) -> Result<KvType, String> {
-    match name {
-        "f16" => Ok(KvType::F16),
-        "f32" => Ok(KvType::F32),
-        "bf16" | "q8_0" | "q4_0" | "q4_1" | "iq4_nl" | "q5_0" | "q5_1" => {
-            Err(format!("{name} is not supported yet; f16 and f32 are"))
-        }
-        _ => Err("expected f16 or f32".to_string()),
-    }
-}
-
 /// A switch as environment variables say it.
 pub fn switch(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
@@ -613,19 +572,27 @@ mod tests {
 
     #[test]
     fn kinds_of_speculation() {
-        let check = |kinds: &str, expected: Result<bool, &str>| {
+        let check = |kinds: &str, expected: Result<&[&str], &str>| {
             let flags = ModelFlags { spec_type: Some(kinds.to_string()), ..ModelFlags::default() };
-            let got = flags.wants_drafter().map_err(|e| e.to_string());
+            let got = flags.drafter_kinds().map_err(|e| format!("{e:#}"));
+            let got = got.map(|kinds| kinds.unwrap_or_default().iter().map(|k| k.name).collect::<Vec<_>>());
             match expected {
-                Ok(wants) => assert_eq!(got, Ok(wants), "{kinds}"),
+                Ok(names) => assert_eq!(got.as_deref(), Ok(names), "{kinds}"),
                 Err(part) => assert!(got.as_ref().is_err_and(|e| e.contains(part)), "{kinds}: {got:?}"),
             }
         };
-        check("dflash", Ok(true));
-        check("draft-dflash", Ok(true));
-        check("none", Ok(false));
-        check("none,dflash", Ok(true));
-        check("draft-mtp", Err("not built yet"));
-        check("dflsh", Err("expected dflash or none"));
+        check("dflash", Ok(&["dflash"]));
+        check("draft-dflash", Ok(&["dflash"]));
+        check("none", Ok(&[]));
+        check("none,dflash", Ok(&["dflash"]));
+        check("dflash, draft-mtp,ngram,mtp", Ok(&["dflash", "draft-mtp", "ngram-simple"]));
+        check("draft-simple", Ok(&["draft"]));
+        for name in ["ngram-map-k", "ngram-mod", "ngram-cache", "eagle3", "dspark", "suffix"] {
+            check(name, Err(&format!("--spec-type: `{name}` is not supported: ")));
+        }
+        assert!(ModelFlags::default().drafter_kinds().unwrap().is_none());
+        let none = ModelFlags { no_draft: true, dflash: true, ..ModelFlags::default() };
+        assert_eq!(none.drafter_kinds().unwrap().map(|kinds| kinds.len()), Some(0));
+        check("dflsh", Err("expected dflash, draft-mtp, draft, ngram-simple or none, found `dflsh`"));
     }
 }

@@ -118,12 +118,36 @@ struct MemoryTable {
     per_draft: u64,
 }
 
+/// What a mixture of experts reads.
+struct Experts {
+    n_expert: u32,
+    n_used: u32,
+    /// Of all experts.
+    bytes: u64,
+    /// Of all weights that one token's forward reads.
+    token_bytes: u64,
+}
+
+fn experts(file: &Gguf) -> Option<Experts> {
+    let count = |key: &str| {
+        let n = file.metadata().u32(&format!("{}.{key}", arch(file)?)).ok().flatten();
+        n.filter(|n| *n > 0)
+    };
+    let (n_expert, n_used) = (count("expert_count")?, count("expert_used_count")?);
+    let of = |wanted: fn(&str) -> bool| -> u64 {
+        file.tensors().iter().filter(|tensor| wanted(&tensor.name)).map(|tensor| tensor.n_bytes).sum()
+    };
+    let bytes = of(|name| name.contains("_exps."));
+    let used = u128::from(bytes) * u128::from(n_used.min(n_expert)) / u128::from(n_expert);
+    Some(Experts { n_expert, n_used, bytes, token_bytes: of(|name| !name.contains("_exps.")) + used as u64 })
+}
+
 fn arch(file: &Gguf) -> Option<&str> {
     file.metadata().str("general.architecture").ok().flatten()
 }
 
 fn is_drafter(file: &Gguf) -> bool {
-    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| (kind.recognises)(arch)))
+    arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| kind.recognises(arch)))
 }
 
 fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
@@ -140,14 +164,17 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
         return Err(format!("architecture `{name}` is not supported; supported: {}", known.join(", ")));
     };
     let n_ctx = ctx.unwrap_or(n_ctx_train);
-    let need = |kv, n| MemoryNeed::new(&states, kv, n);
+    let need = |kv: KvType, n| MemoryNeed::new(&states, kv.into(), n);
+    let fits = |kv: &KvType| states.iter().all(|state| state.check_kv((*kv).into()).is_ok());
     Ok(MemoryTable {
         n_ctx,
         n_ctx_train,
         weights: file.tensors().iter().map(|tensor| tensor.n_bytes).sum(),
-        kv: [("f16", KvType::F16), ("f32", KvType::F32)]
-            .map(|(name, kv)| (name, need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
-            .to_vec(),
+        kv: KvType::ALL
+            .into_iter()
+            .filter(fits)
+            .map(|kv| (kv.name(), need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
+            .collect(),
         slot: need(KvType::F16, 0).slot_bytes,
         per_draft: need(KvType::F16, 1).slot_bytes - need(KvType::F16, 0).slot_bytes,
     })
@@ -173,11 +200,14 @@ impl MemoryPlan {
         let model = paceline_models::load(file, &backend)?;
         let sizes = Sizes::new(&args.sizes, &*model, false)?;
         let weights = |file: &Gguf| file.tensors().iter().map(|tensor| tensor.n_bytes).sum();
-        let drafter_file = args.model_draft.as_ref().map(Gguf::open).transpose()?;
+        let drafter_file = args.model_draft.as_ref().map(Gguf::open).transpose()?.map(Arc::new);
         let drafter = match &drafter_file {
             Some(file) => {
                 let name = arch(file).context("the drafter's file names no architecture")?;
-                let (states, _) = drafter_states(file, name).map_err(anyhow::Error::msg)?;
+                let states = match is_drafter(file) {
+                    true => drafter_states(file, name).map_err(anyhow::Error::msg)?.0,
+                    false => paceline_models::load(file, &backend)?.states().to_vec(),
+                };
                 Some(MemoryNeed::new(&states, sizes.kv_draft, 0))
             }
             None => None,
@@ -185,7 +215,7 @@ impl MemoryPlan {
         let n_draft = if drafter.is_some() { sizes.n_draft_max } else { 0 };
         Ok(MemoryPlan {
             weights: weights(file),
-            weights_draft: drafter_file.as_ref().map_or(0, weights),
+            weights_draft: drafter_file.as_ref().map_or(0, |file| weights(file)),
             target: MemoryNeed::new(model.states(), sizes.kv, n_draft),
             drafter,
             sizes,
@@ -299,6 +329,7 @@ fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>
         target: &*model,
         states: StateConfig::default(),
         n_cell_max: 0,
+        n_draft_max: None,
     })?;
     Ok(Some(drafter.contract()))
 }
@@ -456,8 +487,15 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
                 table.n_ctx, table.n_ctx_train
             ))?;
             say(format_args!("  weights            {:>10}", bytes(table.weights)))?;
+            if let Some(Experts { n_expert, n_used, bytes: n, token_bytes }) = experts(file) {
+                say(format_args!(
+                    "  of these, experts  {:>10}, {n_used} of {n_expert} for a token, which reads {} in all",
+                    bytes(n),
+                    bytes(token_bytes)
+                ))?;
+            }
             for (name, n_bytes) in &table.kv {
-                say(format_args!("  KV cells, {name}      {:>10}", bytes(*n_bytes)))?;
+                say(format_args!("  KV cells, {name:<8} {:>10}", bytes(*n_bytes)))?;
             }
             say(format_args!(
                 "  recurrent state    {:>10} a slot, {} more for each drafted token",
@@ -491,6 +529,9 @@ fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<S
         }),
         Err(why) => json!({ "unknown": why }),
     };
+    let experts = experts(file).map(
+        |e| json!({ "count": e.n_expert, "used": e.n_used, "bytes": e.bytes, "token_bytes": e.token_bytes }),
+    );
     json!({
         "files": file.file_names().collect::<Vec<_>>(),
         "version": file.version(),
@@ -503,6 +544,7 @@ fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<S
         }).collect::<serde_json::Map<_, _>>(),
         "tensors": tensors,
         "memory": memory,
+        "experts": experts,
         "contract": contract,
     })
 }

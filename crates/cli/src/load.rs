@@ -1,7 +1,7 @@
 //! From files to an engine.
 //!
 //! ```text
-//! files ─▶ backend ─▶ target ─▶ drafter ─▶ plan (needs the drafter's taps) ─▶ states ─▶ memory ─▶ engine
+//! files ─▶ backend ─▶ target ─▶ drafters ─▶ plan (needs the drafters' taps) ─▶ states ─▶ memory ─▶ engine
 //!                       └── tokenizer, template          └── pair checked
 //! ```
 //!
@@ -11,12 +11,12 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
 use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_models::Model;
-use paceline_spec::{Drafter, LoadDrafter};
+use paceline_spec::{Drafter, DrafterKind, LoadDrafter, Origin, TapUnion, kind_of};
 use paceline_text::{ChatTemplate, Tokenizer, Vocab};
 use tracing::{info, warn};
 
@@ -46,8 +46,8 @@ pub struct Loaded {
     pub name: String,
     /// The target's file.
     pub target_file: Arc<Gguf>,
-    /// The drafter's file.
-    pub drafter_file: Option<Arc<Gguf>>,
+    /// Who drafts, and the file that it is in.
+    pub drafters: Vec<(&'static DrafterKind, Arc<Gguf>)>,
     /// Where both run.
     pub backend: Arc<dyn Backend>,
     /// The target.
@@ -77,10 +77,14 @@ pub struct Sizes {
     pub n_ubatch: usize,
     /// Most tokens drafted, before the drafter's own limit.
     pub n_draft_max: usize,
+    /// What the user said about it.
+    pub n_draft_wanted: Option<usize>,
+    /// Drafts have full length, whether that pays or not.
+    pub drafts_always: bool,
     /// Storage of the target's cells.
-    pub kv: KvType,
+    pub kv: KvTypes,
     /// Storage of the drafter's cells.
-    pub kv_draft: KvType,
+    pub kv_draft: KvTypes,
     /// What the prompt cache may do.
     pub cache: CacheConfig,
     /// Share of a prompt that makes a slot fit for it.
@@ -111,8 +115,14 @@ impl Loaded {
             "{}: tokenizer.ggml.tokens: expected {n_rows} tokens, as many as the embedding has rows, found {n_tokens}",
             target_file.name()
         );
-        if let Some(file) = &drafter_file {
+        let drafters = drafters(model, &target_file, drafter_file)?;
+        for (kind, file) in drafters.iter().filter(|(kind, _)| kind.needs_file()) {
             check_kind(file)?;
+            ensure!(
+                !matches!(kind.origin, Origin::Model) || file.metadata().contains("tokenizer.ggml.tokens"),
+                "{}: tokenizer.ggml.tokens: expected the target's, found none\nhint: a small model drafts only with the target's vocabulary",
+                file.name()
+            );
             check_pair(&target_file, tokenizer.vocab(), file)?;
         }
         let text = |token: Option<u32>| {
@@ -129,7 +139,7 @@ impl Loaded {
             sizes: Sizes::new(sizes, &*target, one_slot)?,
             name: target_source.name(),
             target_file,
-            drafter_file,
+            drafters,
             backend,
             model: target,
             tokenizer: Arc::new(tokenizer),
@@ -143,26 +153,27 @@ impl Loaded {
     pub fn engine(&self, with_drafter: bool) -> Result<Engine> {
         let sizes = &self.sizes;
         let page_len = StateConfig::default().page_len;
-        let drafter: Option<Box<dyn Drafter>> = match &self.drafter_file {
-            Some(file) if with_drafter => {
-                let per_slot = (sizes.n_ctx + N_BLOCK_MAX).next_multiple_of(page_len);
-                Some(paceline_spec::load(&LoadDrafter {
-                    file: file.clone(),
-                    backend: &self.backend,
-                    target: &*self.model,
-                    states: StateConfig { kv_type: sizes.kv_draft, ..StateConfig::default() },
-                    n_cell_max: per_slot * sizes.n_slot,
-                })?)
-            }
-            _ => None,
+        // A fork of a sequence copies a page before it writes into it.
+        let per_slot = (sizes.n_ctx + N_BLOCK_MAX + page_len).next_multiple_of(page_len);
+        let load = |(kind, file): &(&'static DrafterKind, Arc<Gguf>)| {
+            (kind.load)(&LoadDrafter {
+                file: file.clone(),
+                backend: &self.backend,
+                target: &*self.model,
+                states: StateConfig { kv: sizes.kv_draft, ..StateConfig::default() },
+                n_cell_max: per_slot * sizes.n_slot,
+                n_draft_max: sizes.n_draft_wanted,
+            })
         };
-        let n_draft_max = drafter.as_ref().map_or(0, |d| sizes.n_draft_max.min(d.n_draft_max()));
-        let taps = drafter.as_ref().map_or(&[][..], |d| d.taps());
-        let mut plan = PlanBuilder::new(taps);
+        let wanted = self.drafters.iter().filter(|_| with_drafter);
+        let drafters: Vec<Box<dyn Drafter>> = wanted.map(load).collect::<Result<_, _>>()?;
+        let n_draft_max = drafters.iter().map(|d| sizes.n_draft_max.min(d.n_draft_max())).max().unwrap_or(0);
+        let taps = TapUnion::of(&drafters);
+        let mut plan = PlanBuilder::new(taps.taps());
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
         let config =
-            StateConfig { kv_type: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
+            StateConfig { kv: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
         let states = self.backend.alloc_states(self.model.states(), config)?;
         let exec = self.backend.compile(plan, &states)?;
         // A slot's last page is never shared with another slot, and tentative rows come on top.
@@ -180,20 +191,29 @@ impl Loaded {
             ..EngineConfig::default()
         };
         let start = Instant::now();
-        let engine = Engine::new(target, drafter, self.tokenizer.vocab().clone(), config);
+        let engine = Engine::new(target, drafters, self.tokenizer.vocab().clone(), config);
         Ok(engine.with_clock(Box::new(move || start.elapsed())))
     }
 
-    /// Digest of all that a snapshot depends on, bit for bit: both files, how cells are stored, the kernels, this build.
-    fn pair(&self, with_drafter: bool) -> u64 {
+    /// An engine that drafts as much as pays, or at full length if the flags say so.
+    pub fn planning_engine(&self) -> Result<Engine> {
+        let engine = self.engine(true)?;
+        Ok(if self.sizes.drafts_always { engine } else { engine.with_planner() })
+    }
+
+    /// Digest of all that a snapshot depends on, bit for bit: the target's file, who drafts and from which files, how cells
+    /// are stored, the kernels, this build.
+    fn pair(&self, with_drafters: bool) -> u64 {
         let backend = self.backend.describe();
         // The number of threads changes no bit.
         let backend = backend.split(", ").filter(|part| !part.ends_with(" threads"));
         let mut text = env!("PACELINE_BUILD").as_bytes().to_vec();
         backend.for_each(|part| text.extend(part.bytes()));
         text.extend(format!("{:?} {:?}", self.sizes.kv, self.sizes.kv_draft).bytes());
-        let drafter = self.drafter_file.as_ref().filter(|_| with_drafter);
-        for file in std::iter::once(&self.target_file).chain(drafter) {
+        let drafters = self.drafters.iter().filter(|_| with_drafters);
+        let drafters = drafters.map(|(kind, file)| (kind.name, file));
+        for (role, file) in std::iter::once(("target", &self.target_file)).chain(drafters) {
+            text.extend(format!("{role}:").bytes());
             for (key, value) in file.metadata().iter() {
                 text.extend(format!("{key}={value};").bytes());
             }
@@ -226,12 +246,22 @@ impl Loaded {
             short(n_params(&self.target_file) as f64),
             bytes(self.target_file.file_bytes()),
         );
-        match engine.drafter() {
-            Some(drafter) => {
-                info!("drafter: {}", drafter.contract());
-                info!("drafts of at most {} tokens", engine.config().n_draft_max);
+        for drafter in engine.drafters() {
+            info!("drafter: {}", drafter.contract());
+        }
+        match (engine.drafters().is_empty(), sizes.drafts_always) {
+            (true, _) => info!("no drafter: every token takes a forward of its own"),
+            (false, true) => info!("drafts of at most {} tokens, always", engine.config().n_draft_max),
+            (false, false) => {
+                info!("drafts of at most {} tokens, as far as they pay", engine.config().n_draft_max);
             }
-            None => info!("no drafter: every token takes a forward of its own"),
+        }
+        let arch = self.target_file.metadata().str("general.architecture")?.unwrap_or("");
+        let n_head = self.target_file.metadata().u32(&format!("{arch}.nextn_predict_layers"))?;
+        if n_head.is_some_and(|n| n > 0)
+            && !self.drafters.iter().any(|(kind, _)| matches!(kind.origin, Origin::Target))
+        {
+            info!("the target's file has a prediction head that could draft: --spec-type draft-mtp");
         }
         info!(
             "memory, taken as it is used: {} a token of context, up to {}; {} a slot for recurrent state",
@@ -264,7 +294,8 @@ impl Loaded {
 impl Sizes {
     /// Sizes for `model`, and words on how they came about.
     pub fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
-        let (kv, kv_draft) = flags.kv_types()?;
+        let (kv, kv_draft) = flags.kv_types();
+        model.states().iter().try_for_each(|state| state.check_kv(kv))?;
         let auto = if one_slot { 1 } else { N_SLOT_AUTO };
         let n_slot = match flags.parallel {
             None | Some(-1 | 0) => auto,
@@ -323,6 +354,8 @@ impl Sizes {
             n_cell,
             n_ubatch: flags.n_ubatch()?,
             n_draft_max: flags.spec_draft_n_max.unwrap_or(N_DRAFT_DEFAULT),
+            n_draft_wanted: flags.spec_draft_n_max,
+            drafts_always: flags.spec_draft_fixed,
             kv,
             kv_draft,
             cache: flags.cache.config()?,
@@ -345,11 +378,47 @@ pub struct MemoryNeed {
 
 impl MemoryNeed {
     /// Of a model with these states.
-    pub fn new(states: &[StateDecl], kv: KvType, n_tentative: usize) -> MemoryNeed {
-        let cell: usize = states.iter().map(StateDecl::cell_width).sum();
+    pub fn new(states: &[StateDecl], kv: KvTypes, n_tentative: usize) -> MemoryNeed {
+        let cell: usize = states.iter().map(|state| state.cell_bytes(kv)).sum();
         let slot: usize = states.iter().map(|s| s.slot_width() + n_tentative * s.window_width()).sum();
-        MemoryNeed { cell_bytes: (cell * kv.bytes()) as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
+        MemoryNeed { cell_bytes: cell as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
     }
+}
+
+/// Who drafts: what the flags name, or what the drafter's file holds.
+fn drafters(
+    flags: &ModelFlags,
+    target: &Arc<Gguf>,
+    file: Option<Arc<Gguf>>,
+) -> Result<Vec<(&'static DrafterKind, Arc<Gguf>)>> {
+    let Some(kinds) = flags.drafter_kinds()? else {
+        return file.map(|file| Ok((kind_of(&file)?, file))).into_iter().collect();
+    };
+    let mut drafters = Vec::with_capacity(kinds.len());
+    let mut left = file;
+    for kind in kinds {
+        if !kind.needs_file() {
+            drafters.push((kind, target.clone()));
+            continue;
+        }
+        let Some(file) = left.take() else {
+            bail!(
+                "--spec-type {}: only one kind can have the drafter's file\nhint: kinds without a file of their own can be added: draft-mtp, ngram-simple",
+                flags.spec_type.as_deref().unwrap_or(kind.name)
+            );
+        };
+        let found = kind_of(&file)?;
+        ensure!(
+            found.name == kind.name,
+            "{}: expected a drafter of kind {}, found {}\nhint: --spec-type {}",
+            file.name(),
+            kind.name,
+            found.name,
+            found.name
+        );
+        drafters.push((kind, file));
+    }
+    Ok(drafters)
 }
 
 /// Adapters, projectors and other parts come in GGUF files too.

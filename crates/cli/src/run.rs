@@ -99,8 +99,8 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         // Nothing comes after one question.
         loaded.sizes.cache = CacheConfig::OFF;
     }
-    let mut engine = loaded.engine(true)?;
-    if let Some(drafter) = engine.drafter() {
+    let mut engine = loaded.planning_engine()?;
+    for drafter in engine.drafters() {
         tracing::info!("drafter: {}", drafter.contract());
     }
     let chat = Chat::new(&loaded.tokenizer, &loaded.template, &session.args.template)?;

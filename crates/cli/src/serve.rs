@@ -76,7 +76,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let loaded = Arc::new(Loaded::load(&args.model, &args.sizes, &args.template, false)?);
     let model = describe(&args, &loaded)?;
     loaded.announce_and_warm_up()?;
-    let factory: EngineFactory = Box::new(move || Ok(loaded.engine(true)?));
+    let factory: EngineFactory = Box::new(move || Ok(loaded.planning_engine()?));
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let server = Server::new(config, model, factory).map_err(|error| anyhow!(error))?;

@@ -46,14 +46,21 @@ impl Source {
             (None, Some(repo)) => Some(Source::Hub(HubModel::parse(repo, None, flags.hf_token.clone())?)),
             (None, None) => None,
         };
-        if !flags.wants_drafter()? {
+        let kinds = flags.drafter_kinds()?;
+        if let Some(kinds) = kinds.as_ref().filter(|kinds| !kinds.iter().any(|kind| kind.needs_file())) {
+            let names: Vec<&str> = kinds.iter().map(|kind| kind.name).collect();
+            ensure!(
+                given.is_none() || kinds.is_empty(),
+                "--spec-type {}: reads no file of its own, and a drafter was given\nhint: add dflash or draft, or leave -md out",
+                names.join(",")
+            );
             return Ok(None);
         }
         let bundled_target = flags.model.is_none() && flags.hf_repo.is_none();
         let drafter =
             given.or(bundled_target.then_some(Source::Bundled("bundled/drafter.gguf", BUNDLED_DRAFTER)));
         ensure!(
-            drafter.is_some() || (flags.spec_type.is_none() && !flags.dflash),
+            drafter.is_some() || kinds.is_none(),
             "--spec-type {} needs a drafter\nhint: give its file with -md or its repository with -hfd",
             flags.spec_type.as_deref().unwrap_or("dflash")
         );

@@ -3,8 +3,12 @@
 mod decoder;
 mod dflash;
 mod llama;
+mod moe;
 mod qwen3;
 mod qwen35;
+mod qwen35moe;
+mod qwen3moe;
+mod qwen3next;
 
 use std::path::Path;
 
@@ -13,7 +17,15 @@ use crate::config::Config;
 use crate::recipe::Recipe;
 
 /// Every family. An architecture of Hugging Face belongs to one of them.
-pub(crate) const FAMILIES: &[Family] = &[qwen35::FAMILY, qwen3::FAMILY, llama::FAMILY, dflash::FAMILY];
+pub(crate) const FAMILIES: &[Family] = &[
+    qwen35::FAMILY,
+    qwen35moe::FAMILY,
+    qwen3next::FAMILY,
+    qwen3::FAMILY,
+    qwen3moe::FAMILY,
+    llama::FAMILY,
+    dflash::FAMILY,
+];
 
 /// A kind of checkpoint that can be converted.
 pub(crate) struct Family {

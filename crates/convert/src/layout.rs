@@ -25,6 +25,16 @@ pub(crate) enum Order {
         /// Rows of one head.
         head_dim: usize,
     },
+    /// Sections of `n` runs of `stride` rows each: the first section of every run, then the second of every run, then the
+    /// third; a section is its first row and its length. What is in no section is left out.
+    Sections {
+        /// Runs.
+        n: usize,
+        /// Rows of a run.
+        stride: usize,
+        /// `(first, len)`, inside of a run.
+        sections: [(usize, usize); 3],
+    },
 }
 
 impl Order {
@@ -41,6 +51,16 @@ impl Order {
             Order::RopePairs { head_dim } => {
                 let (head, within) = (i / head_dim, i % head_dim);
                 head * head_dim + (within % 2) * (head_dim / 2) + within / 2
+            }
+            Order::Sections { n, stride, sections } => {
+                let mut i = i;
+                for (first, len) in sections {
+                    if i < n * len {
+                        return i / len * stride + first + i % len;
+                    }
+                    i -= n * len;
+                }
+                panic!("{self:?} has {i} rows less")
             }
         }
     }
@@ -133,6 +153,17 @@ mod tests {
     fn rotary_halves_become_neighbours() {
         check(Order::RopePairs { head_dim: 6 }, vec![0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
         check(Order::Same, vec![0, 1, 2]);
+    }
+
+    #[test]
+    fn sections_of_runs_are_gathered() {
+        // Two runs q k v v z z.
+        let order = Order::Sections { n: 2, stride: 6, sections: [(0, 1), (1, 1), (2, 2)] };
+        let got: Vec<usize> = (0..8).map(|i| order.source(i)).collect();
+        assert_eq!(got, [0, 6, 1, 7, 2, 3, 8, 9]);
+        let order = Order::Sections { n: 3, stride: 4, sections: [(2, 2), (0, 0), (0, 0)] };
+        let got: Vec<usize> = (0..6).map(|i| order.source(i)).collect();
+        assert_eq!(got, [2, 3, 6, 7, 10, 11]);
     }
 
     #[test]

@@ -214,14 +214,18 @@ fn write_tensor(
     const CHUNK_LEN: usize = 1 << 22;
     match &tensor.source {
         Source::Values(values) => sink.put(&quantize_rows(ty, values.len(), values))?,
-        Source::Checkpoint { tensor, row_len, layout } => {
-            let rows = checkpoint.rows(tensor, *row_len)?;
+        Source::Checkpoint { tensors, row_len, layout } => {
+            let rows = tensors.iter().map(|tensor| checkpoint.rows(tensor, *row_len));
+            let rows = rows.collect::<Result<Vec<_>, _>>()?;
+            let n_row = tensor.shape.iter().product::<u64>() as usize / row_len;
             let n_chunk = (CHUNK_LEN / row_len).max(1);
-            let mut values = Vec::with_capacity(n_chunk.min(rows.len()) * row_len);
-            for first in (0..rows.len()).step_by(n_chunk) {
+            let mut values = Vec::with_capacity(n_chunk.min(n_row) * row_len);
+            for first in (0..n_row).step_by(n_chunk) {
                 values.clear();
-                for i in first..(first + n_chunk).min(rows.len()) {
-                    layout.convert_row(&rows.row(layout.rows.source(i))?, &mut values);
+                for i in first..(first + n_chunk).min(n_row) {
+                    let source = layout.rows.source(i);
+                    let (at, row) = (source / rows[0].len(), source % rows[0].len());
+                    layout.convert_row(&rows[at].row(row)?, &mut values);
                 }
                 for part in quantize(ty, *row_len, &values) {
                     sink.put(&part)?;

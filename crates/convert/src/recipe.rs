@@ -17,8 +17,8 @@ const OTHER_CONFIG: &str =
 /// Where a tensor's values come from.
 #[derive(Debug)]
 pub(crate) enum Source {
-    /// A tensor of the checkpoint, seen as rows of `row_len`.
-    Checkpoint { tensor: String, row_len: usize, layout: Layout },
+    /// Tensors of the checkpoint of one shape, one behind the other, seen as rows of `row_len`.
+    Checkpoint { tensors: Vec<String>, row_len: usize, layout: Layout },
     /// Computed from the config.
     Values(Vec<f32>),
 }
@@ -78,6 +78,38 @@ impl<'a> Recipe<'a> {
         shape: &[usize],
         layout: Layout,
     ) -> Result<(), Error> {
+        self.part(name, tensor, shape, shape, layout)
+    }
+
+    /// `name` is a part of `tensor`, or all of it: of the rows of a tensor of this shape, `layout` picks as many as
+    /// `part` has.
+    pub(crate) fn part(
+        &mut self,
+        name: &str,
+        tensor: &str,
+        shape: &[usize],
+        part: &[usize],
+        layout: Layout,
+    ) -> Result<(), Error> {
+        self.claim(tensor, shape)?;
+        self.push(name, vec![tensor.to_owned()], part, layout);
+        Ok(())
+    }
+
+    /// `name` is a stack of matrices of the checkpoint, all of this shape, the first of them slowest.
+    pub(crate) fn stack(
+        &mut self,
+        name: &str,
+        tensors: Vec<String>,
+        shape: &[usize; 2],
+    ) -> Result<(), Error> {
+        tensors.iter().try_for_each(|tensor| self.claim(tensor, shape))?;
+        let shape = [tensors.len(), shape[0], shape[1]];
+        self.push(name, tensors, &shape, Layout::SAME);
+        Ok(())
+    }
+
+    fn claim(&mut self, tensor: &str, shape: &[usize]) -> Result<(), Error> {
         let Some(found) = self.checkpoint.shape(tensor) else {
             return Err(self.error(tensor, format!("shape {shape:?}"), "no such tensor"));
         };
@@ -86,14 +118,17 @@ impl<'a> Recipe<'a> {
         }
         self.checkpoint.check_floats(tensor)?;
         self.claimed.insert(tensor.to_owned());
+        Ok(())
+    }
+
+    fn push(&mut self, name: &str, tensors: Vec<String>, shape: &[usize], layout: Layout) {
         let mut file_shape: Vec<u64> = shape.iter().rev().map(|&n| n as u64).collect();
         if matches!(shape, [_, 1, _]) {
             file_shape.remove(1);
         }
         let row_len = *shape.last().expect("a family names at least one axis");
-        let source = Source::Checkpoint { tensor: tensor.to_owned(), row_len, layout };
+        let source = Source::Checkpoint { tensors, row_len, layout };
         self.tensors.push(Tensor { name: name.to_owned(), shape: file_shape, source });
-        Ok(())
     }
 
     /// As [`Recipe::tensor`], if the checkpoint has it.

@@ -247,6 +247,125 @@ fn qwen3() {
     assert_eq!(model.file.tensors().len(), 3 + 4 * 11);
 }
 
+/// Experts of one projection, one behind the other.
+fn check_experts(model: &Converted, il: usize, n_expert: usize, n_embd: u64, n_ff: u64) {
+    for (part, [n_in, n_out]) in [("gate", [n_embd, n_ff]), ("up", [n_embd, n_ff]), ("down", [n_ff, n_embd])]
+    {
+        let name = format!("blk.{il}.ffn_{part}_exps.weight");
+        assert_eq!(model.shape(&name), [n_in, n_out, n_expert as u64], "{name}");
+        let expert = |e| format!("model.layers.{il}.mlp.experts.{e}.{part}_proj.weight");
+        let want: Vec<f32> = (0..n_expert).flat_map(|e| model.source.to_f32(&expert(e)).unwrap()).collect();
+        assert_eq!(model.values(&name), want, "{name}");
+    }
+    let (router, gate) =
+        (format!("blk.{il}.ffn_gate_inp.weight"), format!("model.layers.{il}.mlp.gate.weight"));
+    model.same(&router, &gate, &[n_embd, n_expert as u64]);
+}
+
+fn check_shared_expert(model: &Converted, il: usize, n_embd: u64, n_ff: u64) {
+    let source = |part: &str| format!("model.layers.{il}.mlp.shared_expert{part}.weight");
+    model.same(&format!("blk.{il}.ffn_gate_inp_shexp.weight"), &source("_gate"), &[n_embd, 1]);
+    for (part, shape) in [("gate", [n_embd, n_ff]), ("up", [n_embd, n_ff]), ("down", [n_ff, n_embd])] {
+        let name = format!("blk.{il}.ffn_{part}_shexp.weight");
+        model.same(&name, &source(&format!(".{part}_proj")), &shape);
+    }
+}
+
+#[test]
+fn qwen3moe() {
+    let model = converted("qwen3moe", "f32", None);
+    model.strs(&[("general.architecture", "qwen3moe"), ("tokenizer.ggml.pre", "qwen2")]);
+    model.ints(&[
+        ("qwen3moe.block_count", 4),
+        ("qwen3moe.feed_forward_length", 64),
+        ("qwen3moe.expert_count", 7),
+        ("qwen3moe.expert_used_count", 3),
+        ("qwen3moe.expert_feed_forward_length", 28),
+        ("qwen3moe.attention.key_length", 20),
+    ]);
+    assert!(!model.file.metadata().contains("qwen3moe.expert_shared_feed_forward_length"));
+    (0..4).for_each(|il| check_experts(&model, il, 7, 48, 28));
+    model.same("blk.3.ffn_norm.weight", "model.layers.3.post_attention_layernorm.weight", &[48]);
+    model.same("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight", &[48, 120]);
+    assert_eq!(model.file.tensors().len(), 3 + 4 * 12);
+}
+
+#[test]
+fn qwen35moe() {
+    let model = converted("qwen35moe", "f32", None);
+    model.strs(&[("general.architecture", "qwen35moe"), ("tokenizer.ggml.pre", "qwen35")]);
+    model.ints(&[
+        ("qwen35moe.block_count", 7),
+        ("qwen35moe.full_attention_interval", 3),
+        ("qwen35moe.expert_count", 9),
+        ("qwen35moe.expert_used_count", 4),
+        ("qwen35moe.expert_feed_forward_length", 20),
+        ("qwen35moe.expert_shared_feed_forward_length", 36),
+        ("qwen35moe.ssm.time_step_rank", 6),
+    ]);
+    assert!(!model.file.metadata().contains("qwen35moe.feed_forward_length"));
+    let sections = model.file.metadata().i32_array("qwen35moe.rope.dimension_sections").unwrap();
+    assert_eq!(sections, Some(vec![1, 1, 1, 0]));
+    for il in 0..7 {
+        check_experts(&model, il, 9, 44, 20);
+        check_shared_expert(&model, il, 44, 36);
+    }
+    model.check("blk.0.ssm_dt.bias", "model.layers.0.linear_attn.dt_bias", &[6], |w| {
+        reordered(w, 1, &TWO_BY_THREE)
+    });
+    assert_eq!(model.file.tensors().len(), 3 + 5 * (14 + 5) + 2 * (11 + 5));
+}
+
+#[test]
+fn qwen3next() {
+    const EMBD: usize = 36;
+    let model = converted("qwen3next", "f32", None);
+    model.strs(&[("general.architecture", "qwen3next"), ("tokenizer.ggml.pre", "qwen2")]);
+    model.ints(&[
+        ("qwen3next.block_count", 6),
+        ("qwen3next.full_attention_interval", 4),
+        ("qwen3next.feed_forward_length", 52),
+        ("qwen3next.expert_count", 6),
+        ("qwen3next.expert_used_count", 2),
+        ("qwen3next.expert_feed_forward_length", 24),
+        ("qwen3next.expert_shared_feed_forward_length", 40),
+        ("qwen3next.ssm.group_count", 3),
+        ("qwen3next.ssm.time_step_rank", 6),
+        ("qwen3next.rope.dimension_count", 6),
+    ]);
+    assert!(!model.file.metadata().contains("qwen3next.rope.dimension_sections"));
+    for il in 0..6 {
+        check_experts(&model, il, 6, 36, 24);
+        check_shared_expert(&model, il, 36, 40);
+        if il == 3 {
+            model.same("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight", &[36, 2 * 56]);
+            continue;
+        }
+        let source = |part: &str| format!("model.layers.{il}.linear_attn.{part}");
+        let name = |part: &str| format!("blk.{il}.{part}");
+        // 3 key heads of q, k, two v and two z, all of 8 rows: in eighths of 48 rows, q k v v z z.
+        let eighths = |picked: &[usize], of: usize| -> Vec<usize> {
+            (0..3).flat_map(|head| picked.iter().map(move |i| head * of + i)).collect()
+        };
+        let pick = |w: &[f32], order: Vec<usize>| -> Vec<f32> {
+            order.iter().flat_map(|i| w[i * 8 * EMBD..(i + 1) * 8 * EMBD].to_vec()).collect()
+        };
+        model.check(&name("attn_qkv.weight"), &source("in_proj_qkvz.weight"), &[36, 96], |w| {
+            pick(w, [eighths(&[0], 6), eighths(&[1], 6), eighths(&[2, 3], 6)].concat())
+        });
+        model.check(&name("attn_gate.weight"), &source("in_proj_qkvz.weight"), &[36, 48], |w| {
+            pick(w, eighths(&[4, 5], 6))
+        });
+        model.same(&name("ssm_ba.weight"), &source("in_proj_ba.weight"), &[36, 12]);
+        model.same(&name("ssm_dt.bias"), &source("dt_bias"), &[6]);
+        model.check(&name("ssm_a"), &source("A_log"), &[6], |w| w.iter().map(|x| -x.exp()).collect());
+        model.same(&name("ssm_conv1d.weight"), &source("conv1d.weight"), &[4, 96]);
+        model.same(&name("ssm_norm.weight"), &source("norm.weight"), &[8]);
+        model.same(&name("ssm_out.weight"), &source("out_proj.weight"), &[48, 36]);
+    }
+    assert_eq!(model.file.tensors().len(), 3 + 5 * 18 + 16);
+}
+
 #[test]
 fn llama() {
     let model = converted("llama", "f32", None);

@@ -34,7 +34,7 @@ fn directories_that_are_no_models() {
         edited("qwen3").set("architectures", json!(["MambaForCausalLM"])),
         &[
             "`architectures`: `MambaForCausalLM` can't be converted; supported: Qwen3_5ForCausalLM, ",
-            "Qwen3ForCausalLM, LlamaForCausalLM, DFlashDraftModel",
+            "Qwen3ForCausalLM, Qwen3MoeForCausalLM, LlamaForCausalLM, DFlashDraftModel",
         ],
     );
     check(edited("qwen3").set("architectures", Value::Null), &["a checkpoint that names none"]);
@@ -57,6 +57,20 @@ fn configs_that_make_no_sense() {
         &["`num_hidden_layers`: expected a positive integer"],
     );
     check(edited("qwen3").set("num_key_value_heads", 4), &["expected a divisor of 6", "found 4"]);
+    check(
+        edited("qwen3moe").set("num_experts_per_tok", 8),
+        &["`num_experts_per_tok`: expected at most 7 (num_local_experts), found 8"],
+    );
+    let unnormed = "`norm_topk_prob`: expected weights of experts that add up to 1";
+    check(edited("qwen3moe").set("norm_topk_prob", false), &[unnormed, "found false"]);
+    check(edited("qwen3moe").set("norm_topk_prob", Value::Null), &[unnormed]);
+    check(edited("qwen3next").set("norm_topk_prob", false), &[unnormed]);
+    let lost = "model.layers.2.mlp.experts.6.up_proj.weight";
+    check(
+        edited("qwen3moe").tensors(|tensors| tensors.retain(|(name, ..)| name != lost)),
+        &[lost, "expected shape [28, 48], found no such tensor"],
+    );
+    check(edited("qwen3moe").set("num_local_experts", 6), &["tensor `model.layers.0.mlp.gate.weight`"]);
     check(edited("qwen3").set("hidden_act", "gelu"), &["`hidden_act`: expected `silu`, found \"gelu\""]);
     check(
         edited("qwen3").config(|config| config["rope_parameters"]["rope_type"] = "longrope".into()),

@@ -3,6 +3,7 @@
 mod edited;
 
 use edited::{edited, golden};
+use paceline_gguf::safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 #[test]
@@ -22,26 +23,53 @@ fn a_multimodal_checkpoint_gives_its_text_model() {
     let model = edited("qwen35")
         .config(nested)
         .rename(|name| name.replace("model.", "model.language_model."))
-        .add("model.visual.blocks.0.norm1.weight", &[4])
-        .add("mtp.fc.weight", &[40, 80])
-        .add("mtp.layers.0.input_layernorm.weight", &[40]);
+        .add("model.visual.blocks.0.norm1.weight", &[4]);
     let report = model.convert().unwrap();
     let skipped: Vec<_> =
         report.skipped.iter().map(|skipped| (skipped.tensor.as_str(), skipped.reason)).collect();
-    assert_eq!(
-        skipped,
-        [
-            ("mtp.fc.weight", "multi-token prediction is not used yet"),
-            ("mtp.layers.0.input_layernorm.weight", "multi-token prediction is not used yet"),
-            ("model.visual.blocks.0.norm1.weight", "not part of the text model"),
-        ]
-    );
+    assert_eq!(skipped, [("model.visual.blocks.0.norm1.weight", "not part of the text model")]);
     // Apart from its name, the file is the one of the text-only checkpoint.
     let (nested, plain) = (model.file(), edited("qwen35").file());
     assert_eq!(nested.metadata(), plain.metadata());
     for (a, b) in nested.tensors().iter().zip(plain.tensors()) {
         assert!(a.name == b.name && nested.data(a) == plain.data(b), "{}", a.name);
     }
+}
+
+#[test]
+fn a_prediction_head_becomes_one_more_block() {
+    let file = edited("qwen35-mtp").file();
+    let metadata = file.metadata();
+    assert_eq!(metadata.u32("qwen35.block_count").unwrap(), Some(5));
+    assert_eq!(metadata.u32("qwen35.nextn_predict_layers").unwrap(), Some(1));
+    let values = |name: &str| -> Vec<f32> {
+        let tensor = file.tensor(name).unwrap_or_else(|| panic!("{name}"));
+        file.data(tensor).as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect()
+    };
+    let original = SafeTensors::open_file(golden("qwen35-mtp").join("model.safetensors")).unwrap();
+    for (name, tensor, add) in [
+        ("nextn.eh_proj", "fc", 0.0),
+        ("nextn.enorm", "pre_fc_norm_embedding", 1.0),
+        ("nextn.hnorm", "pre_fc_norm_hidden", 1.0),
+        ("nextn.shared_head_norm", "norm", 1.0),
+        ("attn_norm", "layers.0.input_layernorm", 1.0),
+        ("post_attention_norm", "layers.0.post_attention_layernorm", 1.0),
+        ("attn_q", "layers.0.self_attn.q_proj", 0.0),
+        ("attn_q_norm", "layers.0.self_attn.q_norm", 1.0),
+        ("ffn_down", "layers.0.mlp.down_proj", 0.0),
+    ] {
+        let mut want = original.to_f32(&format!("mtp.{tensor}.weight")).unwrap();
+        want.iter_mut().for_each(|x| *x += add);
+        assert_eq!(values(&format!("blk.4.{name}.weight")), want, "{name}");
+    }
+    // Saved again without its head, the checkpoint says so in the config alone.
+    let without = edited("qwen35-mtp").tensors(|tensors| tensors.retain(|t| !t.0.starts_with("mtp."))).file();
+    assert_eq!(without.metadata().u32("qwen35.block_count").unwrap(), Some(4));
+    assert!(!without.metadata().contains("qwen35.nextn_predict_layers"));
+    let several = edited("qwen35-mtp").set("mtp_num_hidden_layers", json!(2));
+    let report = several.convert().unwrap();
+    assert_eq!(report.skipped.len(), 15, "{:?}", report.skipped);
+    assert!(report.skipped[0].reason.contains("several layers"));
 }
 
 #[test]
@@ -87,6 +115,73 @@ fn long_context_scalings_become_keys() {
     let file = older.file();
     assert_eq!(file.metadata().f32("qwen3.rope.freq_base").unwrap(), Some(5e5));
     assert_eq!(file.metadata().str("qwen3.rope.scaling.type").unwrap(), Some("linear"));
+}
+
+/// Stacks the experts of a layer as newer checkpoints have them: gate and up in one tensor.
+fn fuse_experts(tensors: &mut Vec<edited::Tensor>) {
+    let take = |tensors: &mut Vec<edited::Tensor>, name: &str| {
+        let at = tensors.iter().position(|(n, ..)| n == name)?;
+        Some(tensors.remove(at))
+    };
+    for il in 0.. {
+        let name = |e: usize, part: &str| format!("model.layers.{il}.mlp.experts.{e}.{part}_proj.weight");
+        let (mut gate_up, mut down, mut n_expert) = (Vec::new(), Vec::new(), 0);
+        let (mut n_embd, mut n_ff) = (0, 0);
+        while let Some((_, shape, _, data)) = take(tensors, &name(n_expert, "gate")) {
+            [n_ff, n_embd] = shape[..].try_into().unwrap();
+            gate_up.extend(data);
+            gate_up.extend(take(tensors, &name(n_expert, "up")).unwrap().3);
+            down.extend(take(tensors, &name(n_expert, "down")).unwrap().3);
+            n_expert += 1;
+        }
+        if n_expert == 0 {
+            break;
+        }
+        let (n, f32) = (n_expert as u64, paceline_gguf::safetensors::DType::F32);
+        let experts = format!("model.layers.{il}.mlp.experts.");
+        tensors.push((format!("{experts}gate_up_proj"), vec![n, 2 * n_ff, n_embd], f32, gate_up));
+        tensors.push((format!("{experts}down_proj"), vec![n, n_embd, n_ff], f32, down));
+    }
+}
+
+#[test]
+fn experts_that_are_stacked_already_make_the_same_file() {
+    for name in ["qwen3moe", "qwen35moe", "qwen3next"] {
+        let (stacked, plain) = (edited(name).tensors(fuse_experts).file(), edited(name).file());
+        assert_eq!(stacked.metadata(), plain.metadata());
+        assert_eq!(stacked.tensors().len(), plain.tensors().len());
+        for (a, b) in stacked.tensors().iter().zip(plain.tensors()) {
+            assert!(a.name == b.name && stacked.data(a) == plain.data(b), "{name}: {}", a.name);
+        }
+    }
+}
+
+#[test]
+fn experts_are_quantised_where_their_rows_are_whole_blocks() {
+    // Down projections of 28 inputs fit no block: the converter keeps them at a wider type.
+    let model = edited("qwen3moe").options(|options| options.ty = "bf16".into());
+    let file = model.file();
+    for (name, ty) in [("ffn_gate_inp", "f32"), ("ffn_up_exps", "bf16"), ("ffn_down_exps", "bf16")] {
+        assert_eq!(file.tensor(&format!("blk.0.{name}.weight")).unwrap().ty.name(), ty, "{name}");
+    }
+}
+
+#[test]
+fn a_layer_may_have_an_mlp_among_experts() {
+    let mlp = |name: &str| format!("model.layers.1.mlp.{name}_proj.weight");
+    let model = edited("qwen3moe")
+        .set("mlp_only_layers", json!([1]))
+        .tensors(|tensors| tensors.retain(|(name, ..)| !name.starts_with("model.layers.1.mlp.")))
+        .add(&mlp("gate"), &[64, 48])
+        .add(&mlp("up"), &[64, 48])
+        .add(&mlp("down"), &[48, 64]);
+    let file = model.file();
+    assert!(
+        file.tensor("blk.1.ffn_gate.weight").is_some() && file.tensor("blk.1.ffn_gate_inp.weight").is_none()
+    );
+    assert!(
+        file.tensor("blk.0.ffn_gate.weight").is_none() && file.tensor("blk.0.ffn_gate_inp.weight").is_some()
+    );
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! The prompt cache: snapshots of sequences, found by their tokens.
 //!
-//! A snapshot is a fork that nobody advances: the target's pages and recurrent state, and the drafter's memory, at one
+//! A snapshot is a fork that nobody advances: the target's pages and recurrent state, and the drafters' memories, at one
 //! token boundary. All of them, of all slots and requests, hang in one [radix tree](crate::radix). A request takes the
 //! longest prefix that it can begin with *exactly*: its logits and its drafts are those of a cold start, so a snapshot
-//! without the drafter's part serves only requests that do not draft, and a recurrent state only prompts that go on where
-//! it was taken. Attention alone can begin anywhere inside a snapshot.
+//! serves only requests all of whose drafters have a part in it, and a recurrent state only prompts that go on where it was
+//! taken. Attention alone can begin anywhere inside a snapshot, if all drafters can. One that refuses a fork all the same
+//! has no say in the others' parts: such a prefix is not kept, or not offered.
 //!
 //! What only snapshots hold is bounded in bytes. Who goes first is decided as in GreedyDual-Size with frequencies
 //! (Cao and Irani, 1997; Cherkasova, 1998): each snapshot weighs the tokens that it saves per byte that it costs, as often
@@ -55,7 +56,7 @@ impl Default for CacheConfig {
 pub struct CacheUsage {
     /// Snapshots held.
     pub n_snapshot: usize,
-    /// Bytes that only they hold, those of the drafter included.
+    /// Bytes that only they hold, those of drafters included.
     pub bytes: usize,
     /// Bytes that they may hold.
     pub n_byte_max: usize,
@@ -71,31 +72,74 @@ pub struct CacheUsage {
     pub n_evicted: u64,
 }
 
-/// The two memories that a sequence lives in.
+/// Some of the drafters, by index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Members(u64);
+
+impl Members {
+    pub const NONE: Members = Members(0);
+    /// More drafters than anybody loads.
+    pub const N_MAX: usize = 64;
+
+    /// Those of `n` drafters for which `is_one` says so.
+    pub fn of(is_one: impl Fn(usize) -> bool, n: usize) -> Members {
+        assert!(n <= Members::N_MAX, "{n} drafters");
+        Members((0..n).filter(|&i| is_one(i)).fold(0, |bits, i| bits | 1 << i))
+    }
+
+    fn has(self, i: usize) -> bool {
+        self.0 >> i & 1 == 1
+    }
+
+    fn covers(self, other: Members) -> bool {
+        other.0 & !self.0 == 0
+    }
+}
+
+/// The memories that a sequence lives in.
 pub(crate) struct Stores<'a> {
     pub memory: &'a mut Memory,
-    pub drafter: Option<&'a mut Box<dyn Drafter>>,
+    pub drafters: &'a mut [Box<dyn Drafter>],
 }
 
 impl Stores<'_> {
     pub fn forget(&mut self, seq: SeqId) {
         self.memory.free(seq);
-        if let Some(drafter) = &mut self.drafter {
-            drafter.forget(seq);
+        self.drafters.iter_mut().for_each(|drafter| drafter.forget(seq));
+    }
+
+    /// Lets `members` begin `to` with the first `len` tokens of `from`: all of them, or none and false.
+    fn fork_drafters(&mut self, from: SeqId, to: SeqId, len: usize, members: Members) -> bool {
+        for i in (0..self.drafters.len()).filter(|&i| members.has(i)) {
+            if !self.drafters[i].fork(from, to, len) {
+                let before = self.drafters[..i].iter_mut().enumerate().filter(|(i, _)| members.has(*i));
+                before.for_each(|(_, drafter)| drafter.forget(to));
+                return false;
+            }
         }
+        true
+    }
+
+    /// All drafters.
+    fn all(&self) -> Members {
+        Members::of(|_| true, self.drafters.len())
     }
 
     /// Bytes that only resting sequences hold.
     fn bytes_resting(&self) -> usize {
-        let drafter = self.drafter.as_ref().map_or(0, |drafter| drafter.resting_bytes());
-        self.memory.usage().bytes_resting + drafter
+        let drafters = self.drafters.iter().map(|drafter| drafter.resting_bytes());
+        self.memory.usage().bytes_resting + drafters.sum::<usize>()
     }
 }
+
+/// A drafter's name and its part of a file.
+pub(crate) type Part = (&'static str, Vec<u8>);
 
 #[derive(Debug)]
 struct Snapshot {
     seq: SeqId,
-    has_drafter: bool,
+    /// The drafters that have a part in it.
+    members: Members,
     /// How often it was used, its making included.
     n_use: f64,
     /// The weight at which the last one was dropped when this one was used last.
@@ -114,8 +158,6 @@ pub(crate) struct Hit {
 pub(crate) struct Cache {
     config: CacheConfig,
     tree: Radix<Snapshot>,
-    /// False once a drafter refused to cut a fork to length: its snapshots can't be entered in the middle.
-    drafter_cuts: bool,
     /// The weight at which the last snapshot was dropped.
     sunk: f64,
     usage: CacheUsage,
@@ -124,12 +166,12 @@ pub(crate) struct Cache {
 impl Cache {
     pub fn new(config: CacheConfig) -> Cache {
         let usage = CacheUsage { n_byte_max: config.n_byte_max, ..CacheUsage::default() };
-        Cache { config, tree: Radix::new(), drafter_cuts: true, sunk: 0.0, usage }
+        Cache { config, tree: Radix::new(), sunk: 0.0, usage }
     }
 
     /// True if a snapshot serves every prefix of its tokens.
     pub fn enters_anywhere(&self, stores: &Stores<'_>) -> bool {
-        stores.memory.forks_anywhere() && (self.drafter_cuts || stores.drafter.is_none())
+        stores.memory.forks_anywhere() && stores.drafters.iter().all(|drafter| drafter.forks_anywhere())
     }
 
     /// Tokens that `tokens` shares with anything cached.
@@ -137,17 +179,16 @@ impl Cache {
         self.tree.find(tokens).n_shared
     }
 
-    /// A fork with the longest cached prefix of `tokens`, of at most `n_max` tokens; with a drafter that knows it, if
-    /// that is wanted.
+    /// A fork with the longest cached prefix of `tokens`, of at most `n_max` tokens, that all drafters of `wanted` know.
     pub fn find(
         &mut self,
         tokens: &[Token],
         n_max: usize,
-        with_drafter: bool,
+        wanted: Members,
         stores: &mut Stores<'_>,
     ) -> Option<Hit> {
         let found = self.tree.find(tokens);
-        let is_fit = |s: &Snapshot| s.has_drafter || !with_drafter;
+        let is_fit = |s: &Snapshot| s.members.covers(wanted);
         let deepest = std::iter::once((found.below, found.n_shared));
         let path = found.path.iter().rev().map(|&node| (node, self.tree.depth(node)));
         let points: Vec<(NodeId, usize)> = deepest.chain(path).collect();
@@ -164,26 +205,17 @@ impl Cache {
                 under.iter().filter_map(fit).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| id)
             };
             let Some(node) = exact.or_else(anywhere) else { continue };
-            if let Some(seq) = self.fork(node, len, with_drafter, stores) {
+            if let Some(seq) = self.fork(node, len, wanted, stores) {
                 return Some(Hit { seq, len, node });
             }
         }
         None
     }
 
-    fn fork(
-        &mut self,
-        node: NodeId,
-        len: usize,
-        with_drafter: bool,
-        stores: &mut Stores<'_>,
-    ) -> Option<SeqId> {
+    fn fork(&mut self, node: NodeId, len: usize, wanted: Members, stores: &mut Stores<'_>) -> Option<SeqId> {
         let of = self.tree.get(node)?.seq;
         let seq = stores.memory.fork_prefix(of, len)?;
-        if let Some(drafter) = stores.drafter.as_mut().filter(|_| with_drafter)
-            && !drafter.fork(of, seq, len)
-        {
-            self.drafter_cuts = false;
+        if !stores.fork_drafters(of, seq, len, wanted) {
             stores.memory.free(seq);
             return None;
         }
@@ -208,8 +240,9 @@ impl Cache {
         }
     }
 
-    /// Keeps a snapshot of `seq`, whose committed tokens are `tokens`, unless something as good is there.
-    pub fn keep(&mut self, tokens: &[Token], seq: SeqId, has_drafter: bool, stores: &mut Stores<'_>) {
+    /// Keeps a snapshot of `seq`, whose committed tokens are `tokens` and known to `members`, unless something as good is
+    /// there.
+    pub fn keep(&mut self, tokens: &[Token], seq: SeqId, members: Members, stores: &mut Stores<'_>) {
         if !self.config.is_on() || tokens.is_empty() {
             return;
         }
@@ -218,63 +251,71 @@ impl Cache {
         if found.n_shared == tokens.len() {
             let same = self.tree.exact(tokens).into_iter();
             let longer = if anywhere { self.tree.under(found.below) } else { Vec::new() };
-            let as_good = |&id: &NodeId| self.tree.get(id).is_some_and(|s| s.has_drafter || !has_drafter);
+            let as_good = |&id: &NodeId| self.tree.get(id).is_some_and(|s| s.members.covers(members));
             if let Some(id) = same.chain(longer).find(as_good) {
                 return self.touch(id);
             }
         }
         let fork = stores.memory.fork(seq);
-        if let Some(drafter) = stores.drafter.as_mut().filter(|_| has_drafter)
-            && !drafter.fork(seq, fork, tokens.len())
-        {
-            // It has lost the sequence; a snapshot that claims less would be in the way of a better one.
+        if !stores.fork_drafters(seq, fork, tokens.len(), members) {
+            // One has lost the sequence; a snapshot that claims less would be in the way of a better one.
             return stores.memory.free(fork);
         }
         let (node, old) =
-            self.tree.insert(tokens, Snapshot { seq: fork, has_drafter, n_use: 1.0, used_at: self.sunk });
+            self.tree.insert(tokens, Snapshot { seq: fork, members, n_use: 1.0, used_at: self.sunk });
         if let Some(old) = old {
             stores.forget(old.seq);
         }
         self.usage.n_taken += 1;
         if anywhere {
-            let covered = |&id: &NodeId| self.tree.get(id).is_some_and(|s| has_drafter || !s.has_drafter);
+            let covered = |&id: &NodeId| self.tree.get(id).is_some_and(|s| members.covers(s.members));
             let covered: Vec<NodeId> = self.tree.above(node).filter(covered).collect();
             covered.into_iter().for_each(|id| self.drop(id, stores));
         }
     }
 
     /// What a file of the snapshot of `tokens`, or of its longest part that can be had, is made of: the number of tokens,
-    /// the target's part and the drafter's.
+    /// the target's part, and for each drafter its name and its part, empty if it has none.
     pub fn export(
         &mut self,
         tokens: &[Token],
         stores: &mut Stores<'_>,
-    ) -> Option<(usize, Vec<u8>, Option<Vec<u8>>)> {
-        let whole =
-            if stores.drafter.is_some() { self.find(tokens, tokens.len(), true, stores) } else { None };
-        let hit = whole.or_else(|| self.find(tokens, tokens.len(), false, stores))?;
+    ) -> Option<(usize, Vec<u8>, Vec<Part>)> {
+        let (all, n) = (stores.all(), tokens.len());
+        let hit =
+            self.find(tokens, n, all, stores).or_else(|| self.find(tokens, n, Members::NONE, stores))?;
         let mut target = Vec::new();
         stores.memory.export(hit.seq, &mut target);
-        let drafter = stores.drafter.as_ref().and_then(|drafter| drafter.export(hit.seq));
+        let drafters = stores.drafters.iter();
+        let drafters =
+            drafters.map(|drafter| (drafter.name(), drafter.export(hit.seq).unwrap_or_default())).collect();
         stores.forget(hit.seq);
-        Some((hit.len, target, drafter))
+        Some((hit.len, target, drafters))
     }
 
-    /// Takes up what a file holds. On error nothing has changed.
-    pub fn import(&mut self, file: &SnapshotFile<'_>, stores: &mut Stores<'_>) -> Result<(), RestoreError> {
+    /// Takes up what a file holds, and says whether all drafters found their parts. On error nothing has changed.
+    pub fn import(&mut self, file: &SnapshotFile<'_>, stores: &mut Stores<'_>) -> Result<bool, RestoreError> {
         if !self.config.is_on() {
             return Err(RestoreError::Useless("the prompt cache is off (--cache-ram 0)".to_string()));
         }
         let damaged = |what: &str, why: String| RestoreError::Damaged(format!("{what}: {why}"));
         let seq = stores.memory.import(file.target).map_err(|why| damaged("the target's part", why))?;
-        let mut has_drafter = false;
-        let mut fault = None;
-        if let (Some(drafter), Some(bytes)) = (&mut stores.drafter, file.drafter) {
-            fault = drafter.import(seq, bytes).err().map(|why| damaged("the drafter's part", why));
-            has_drafter = fault.is_none();
+        let n_token = file.tokens.len();
+        let (mut fault, mut has_part) = (None, vec![false; stores.drafters.len()]);
+        let mut parts = file.drafters.clone();
+        for (drafter, has_part) in stores.drafters.iter_mut().zip(&mut has_part) {
+            // Of two with one name each has its own.
+            let at = parts.iter().position(|(name, _)| *name == drafter.name());
+            let part = at.map(|at| parts.remove(at)).filter(|(_, part)| !part.is_empty());
+            if let (None, Some((name, part))) = (&fault, part) {
+                let outcome = drafter.import(seq, n_token, part);
+                fault = outcome.err().map(|why| damaged(&format!("the part of {name}"), why));
+                *has_part = true;
+            }
         }
-        if stores.memory.len(seq) != file.tokens.len() || file.tokens.is_empty() {
-            let (n, n_token) = (stores.memory.len(seq), file.tokens.len());
+        let members = Members::of(|i| has_part[i], has_part.len());
+        let n = stores.memory.len(seq);
+        if n != n_token || n_token == 0 {
             fault = fault.or(Some(RestoreError::Damaged(format!("a memory of {n} for {n_token} tokens"))));
         }
         let n_byte = stores.memory.bytes_alone(seq);
@@ -286,11 +327,11 @@ impl Cache {
             stores.forget(seq);
             return Err(fault);
         }
-        let snapshot = Snapshot { seq, has_drafter, n_use: 1.0, used_at: self.sunk };
+        let snapshot = Snapshot { seq, members, n_use: 1.0, used_at: self.sunk };
         if let (_, Some(old)) = self.tree.insert(&file.tokens, snapshot) {
             stores.forget(old.seq);
         }
-        Ok(())
+        Ok(members.covers(stores.all()))
     }
 
     /// Drops the snapshot of exactly these tokens. False if there is none.

@@ -1,16 +1,17 @@
 //! The step loop's body, and what may be asked of the engine between steps.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use paceline_backend::{Exec, Step as Forward, StepOut};
 use paceline_memory::{Memory, SeqId, Usage};
 use paceline_sampling::{ParamError, Sampler};
-use paceline_spec::{Draft, DraftRequest, Drafter, Kept, verify};
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, TapUnion, verify};
 use paceline_text::Vocab;
 
 use crate::{
     CacheConfig, CacheUsage, Event, Request, RequestError, RequestId, SpeculationNote, Token,
-    cache::{Cache, Hit, Stores},
+    cache::{Cache, Hit, Members, Stores},
+    choose::{Choice, Outcome, Pace},
     plan::{LanePlan, SlotView, StepPlan, plan},
     radix::n_common,
     slot::{Active, Phase, SlotStatus},
@@ -233,7 +234,9 @@ pub struct Restored {
 /// The engine. See the crate's documentation.
 pub struct Engine {
     target: Target,
-    drafter: Option<Box<dyn Drafter>>,
+    drafters: Vec<Box<dyn Drafter>>,
+    taps: TapUnion,
+    pace: Pace,
     vocab: Arc<Vocab>,
     config: EngineConfig,
     slots: Vec<Option<Active>>,
@@ -286,16 +289,18 @@ const N_TAIL_MAX: usize = 64;
 const N_BRANCH_MIN: usize = 16;
 
 impl Engine {
-    /// An engine that serves `target`, guessing with `drafter` where there is one.
+    /// An engine that serves `target`, guessing with `drafters`: none, one, or whichever is best for a slot. The
+    /// target's plan was recorded with the [`TapUnion`] of all.
     pub fn new(
         target: Target,
-        drafter: Option<Box<dyn Drafter>>,
+        drafters: impl IntoIterator<Item = Box<dyn Drafter>>,
         vocab: Arc<Vocab>,
         mut config: EngineConfig,
     ) -> Self {
         // A request that has the memory for itself must have room to its end.
         config.n_ctx = config.n_ctx.min(target.memory.n_cell_max());
         assert!(config.n_slot > 0 && config.n_ctx > 1 && config.n_ubatch > 0, "{config:?}");
+        let drafters: Vec<Box<dyn Drafter>> = drafters.into_iter().collect();
         Engine {
             slots: (0..config.n_slot).map(|_| None).collect(),
             last: vec![(Vec::new(), 0); config.n_slot],
@@ -306,15 +311,24 @@ impl Engine {
             clock: None,
             out: StepOut::default(),
             target,
-            drafter,
+            taps: TapUnion::of(&drafters),
+            pace: pace(&drafters, &config, false),
+            drafters,
             vocab,
             config,
         }
     }
 
-    /// Counts the time of each stage by `clock`. Nothing else looks at it.
+    /// Counts the time of each stage by `clock`.
     pub fn with_clock(mut self, clock: Clock) -> Self {
         self.clock = Some(clock);
+        self
+    }
+
+    /// Drafts as much as pays, down to nothing, by the clock that was lent. Without this, drafts have full length.
+    pub fn with_planner(mut self) -> Self {
+        assert!(self.clock.is_some(), "a planner needs a clock");
+        self.pace = pace(&self.drafters, &self.config, true);
         self
     }
 
@@ -379,7 +393,8 @@ impl Engine {
         self.admit(events);
         let begin = self.now();
         let mut drafts = self.draft();
-        self.counters.times.draft += self.now().saturating_sub(begin);
+        let draft_time = self.now().saturating_sub(begin);
+        self.counters.times.draft += draft_time;
         let views: Vec<SlotView> = self
             .slots
             .iter()
@@ -397,8 +412,10 @@ impl Engine {
         let begin = self.now();
         self.forward(&plan, &drafts);
         let computed = self.now();
-        self.counters.times.verify += computed.saturating_sub(begin);
+        let verify_time = computed.saturating_sub(begin);
+        self.counters.times.verify += verify_time;
         let finished = self.verify_and_commit(&plan, &drafts, events);
+        self.settle(&plan, draft_time, verify_time);
         self.counters.times.commit += self.now().saturating_sub(computed);
         self.count(&plan);
         for lane in plan.lanes.iter().filter(|lane| !finished.contains(&(lane.slot, false))) {
@@ -425,7 +442,7 @@ impl Engine {
             let (hit, has_room) = self.reach(at);
             if !has_room {
                 if let Some(hit) = hit {
-                    stores(&mut self.target, &mut self.drafter).forget(hit.seq);
+                    stores(&mut self.target, &mut self.drafters).forget(hit.seq);
                 }
                 return;
             }
@@ -471,12 +488,13 @@ impl Engine {
     fn reach(&mut self, at: usize) -> (Option<Hit>, bool) {
         let (caches, drafts) = match &self.waiting[at] {
             Waiting::New(request, _) => {
-                (request.cache_prompt, self.drafter.is_some() && self.n_draft_max(request) > 0)
+                let all = Members::of(|_| self.n_draft_max(request) > 0, self.drafters.len());
+                (request.cache_prompt, all)
             }
-            Waiting::Parked(active) => (active.caches, follows(active)),
+            Waiting::Parked(active) => (active.caches, followers(active)),
         };
         let tokens = self.waiting[at].tokens();
-        let mut stores = stores(&mut self.target, &mut self.drafter);
+        let mut stores = stores(&mut self.target, &mut self.drafters);
         // The last token is computed in any case: its row says what comes next.
         let n_max = tokens.len() - 1;
         let hit = if caches { self.cache.find(tokens, n_max, drafts, &mut stores) } else { None };
@@ -511,14 +529,14 @@ impl Engine {
         events: &mut Vec<Event>,
     ) -> Active {
         let n_draft_max = self.n_draft_max(&request);
-        let note = match &self.drafter {
-            None => SpeculationNote::NoDrafter,
-            Some(_) if n_draft_max == 0 => SpeculationNote::OffByRequest,
-            Some(_) => SpeculationNote::Active,
+        let note = match n_draft_max {
+            _ if self.drafters.is_empty() => SpeculationNote::NoDrafter,
+            0 => SpeculationNote::OffByRequest,
+            _ => SpeculationNote::Active,
         };
         events.push(Event::Started { request: request.id, slot, n_cached });
-        let mut active =
-            Active::new(request, seq, sampler, n_draft_max, self.config.n_ctx, self.vocab.clone());
+        let (chooser, n_ctx, vocab) = (self.pace.chooser(), self.config.n_ctx, self.vocab.clone());
+        let mut active = Active::new(request, seq, sampler, chooser, n_draft_max, n_ctx, vocab);
         active.stats.speculation = note;
         active.stats.n_cached = n_cached;
         active
@@ -531,7 +549,7 @@ impl Engine {
             return active;
         }
         let n = active.tokens.len();
-        if self.cache.enters_anywhere(&stores(&mut self.target, &mut self.drafter)) {
+        if self.cache.enters_anywhere(&stores(&mut self.target, &mut self.drafters)) {
             // One behind the prompt serves every prefix, and cuts nothing.
             active.cuts = vec![n];
             return active;
@@ -552,35 +570,80 @@ impl Engine {
         active
     }
 
-    /// Drafts for every slot that can use one, in one drafter forward; by slot, empty where there is none.
+    /// Drafts for every slot that can use one, each drafter called once at most for all its slots; by slot, empty where
+    /// there is none. A slot whose drafter had nothing to say may ask another.
     fn draft(&mut self) -> Vec<Draft> {
-        let mut drafts = vec![Draft::default(); self.slots.len()];
-        let Some(drafter) = &mut self.drafter else { return drafts };
-        let n_draft_max = drafter.n_draft_max();
-        let mut drafting = Vec::new();
-        let mut requests = Vec::new();
-        for (slot, active) in self.slots.iter_mut().enumerate() {
-            let Some(active) = active.as_mut().filter(|a| follows(a)) else { continue };
-            let n_max = active.n_draft_room().min(n_draft_max);
-            if n_max > 0 {
-                drafting.push(slot);
-                requests.push(DraftRequest {
-                    seq: active.seq,
-                    anchor: active.tokens[active.n_computed],
-                    position: active.n_computed,
-                    n_max,
-                    sampler: &mut active.sampler,
-                });
-            }
-        }
-        if requests.is_empty() {
+        let n_slot = self.slots.len();
+        let mut drafts = vec![Draft::default(); n_slot];
+        let n_decoding = self.slots.iter().flatten().filter(|active| active.n_gap() == 1).count();
+        if self.drafters.is_empty() || n_decoding == 0 || self.pace.begin(n_decoding) {
             return drafts;
         }
-        let n_max: Vec<usize> = requests.iter().map(|r| r.n_max).collect();
+        let mut asked = vec![vec![false; self.drafters.len()]; n_slot];
+        let mut open: Vec<usize> = (0..n_slot).collect();
+        while !open.is_empty() {
+            let calls = self.choose(&open, &asked, n_decoding);
+            open.clear();
+            for (drafter, wanted) in calls.iter().enumerate().filter(|(_, wanted)| !wanted.is_empty()) {
+                for &slot in &self.ask(drafter, wanted, &mut drafts) {
+                    asked[slot][drafter] = true;
+                    open.push(slot);
+                }
+            }
+            open.sort_unstable();
+        }
+        drafts
+    }
+
+    /// What the slots of `open` want of each drafter: `(slot, most tokens)`.
+    fn choose(&mut self, open: &[usize], asked: &[Vec<bool>], n_decoding: usize) -> Vec<Vec<(usize, usize)>> {
+        let mut calls = vec![Vec::new(); self.drafters.len()];
+        for &slot in open {
+            let Some(active) = self.slots[slot].as_mut().filter(|a| follows(a)) else { continue };
+            let room = active.n_draft_room();
+            if room == 0 {
+                continue;
+            }
+            let choice = active.chooser.choose(&mut self.pace, n_decoding, room, &asked[slot]);
+            let is_first = !asked[slot].contains(&true);
+            let note = &mut active.stats.speculation;
+            match choice {
+                Choice::Draft { drafter, n_draft } => {
+                    calls[drafter].push((slot, n_draft));
+                    if *note == SpeculationNote::Resting {
+                        *note = SpeculationNote::Active;
+                    }
+                }
+                Choice::Rest if is_first && *note == SpeculationNote::Active => {
+                    *note = SpeculationNote::Resting;
+                }
+                Choice::Rest | Choice::Measure => {}
+            }
+        }
+        calls
+    }
+
+    /// One call of a drafter for the slots that want it. Returns those that got nothing and may ask another.
+    fn ask(&mut self, index: usize, wanted: &[(usize, usize)], drafts: &mut [Draft]) -> Vec<usize> {
+        let begin = self.pace.is_timed().then(|| self.now());
+        let drafter = &mut self.drafters[index];
+        let mut requests = Vec::with_capacity(wanted.len());
+        for (slot, active) in self.slots.iter_mut().enumerate() {
+            let Some(&(_, n_max)) = wanted.iter().find(|(wanting, _)| *wanting == slot) else { continue };
+            let Some(active) = active else { continue };
+            requests.push(DraftRequest {
+                seq: active.seq,
+                anchor: active.tokens[active.n_computed],
+                position: active.n_computed,
+                n_max,
+                sampler: &mut active.sampler,
+            });
+        }
         let answers = drafter.draft(&mut requests);
         drop(requests);
-        assert_eq!(answers.len(), drafting.len(), "the drafter must answer every request");
-        for ((slot, n_max), mut draft) in drafting.into_iter().zip(n_max).zip(answers) {
+        assert_eq!(answers.len(), wanted.len(), "the drafter must answer every request");
+        let mut empty = Vec::new();
+        for (&(slot, n_max), mut draft) in wanted.iter().zip(answers) {
             let Some(active) = &mut self.slots[slot] else { continue };
             // A drafter's word is not trusted: an id out of range would index past tables further on.
             let in_range = draft.tokens.iter().all(|&t| (t as usize) < self.target.n_vocab);
@@ -592,14 +655,47 @@ impl Engine {
             };
             if let Some(reason) = fault {
                 self.counters.n_bad_drafts += 1;
-                active.stats.speculation = SpeculationNote::Faulted(reason);
                 drafter.forget(active.seq);
+                active.stats.dropped.push((drafter.name(), reason.clone()));
+                match active.chooser.drop_drafter(index) {
+                    true => empty.push(slot),
+                    false => active.stats.speculation = SpeculationNote::Faulted(reason),
+                }
                 continue;
             }
             draft.tokens.truncate(n_max);
+            if draft.tokens.is_empty() {
+                empty.push(slot);
+                continue;
+            }
+            active.drafted_by = Some(index);
+            active.stats.drafter = Some(drafter.name());
             drafts[slot] = draft;
         }
-        drafts
+        if let Some(begin) = begin {
+            let n_draft = wanted.iter().map(|(_, n_max)| *n_max).max().unwrap_or(0);
+            let time = self.now().saturating_sub(begin);
+            self.pace.record_draft(index, n_draft, time);
+        }
+        empty
+    }
+
+    /// Lets the choosers know what the step's drafts came to, and what the step cost.
+    fn settle(&mut self, plan: &StepPlan, draft_time: Duration, verify_time: Duration) {
+        let decoding = || plan.lanes.iter().filter(|lane| lane.n_known == 1);
+        let (m, n_rows) = (decoding().count(), decoding().map(|lane| 1 + lane.n_draft).sum());
+        if self.drafters.is_empty() || m == 0 {
+            return;
+        }
+        let is_pure = m == plan.lanes.len();
+        if is_pure {
+            self.pace.record_verify(n_rows, m, verify_time);
+        }
+        let mut outcomes = self.slots.iter_mut().flatten().filter_map(|active| {
+            let Active { outcome, chooser, .. } = active;
+            outcome.take().map(|outcome| (chooser, outcome))
+        });
+        self.pace.settle(m, n_rows, is_pure.then_some(draft_time + verify_time), &mut outcomes);
     }
 
     /// Makes room for the plan's rows: for the known tokens of every slot, the oldest request first, then for drafts
@@ -675,6 +771,7 @@ impl Engine {
             let first_row = row;
             row += lane.n_known + lane.n_draft;
             let first_position = active.n_computed;
+            let drafted_by = active.drafted_by.take();
             let (mut n_final, mut is_wanted) = (lane.n_known, true);
             if lane.closes {
                 let logits = |i: usize| self.out.output_row(output + i);
@@ -682,10 +779,14 @@ impl Engine {
                 output += lane.n_draft + 1;
                 n_final += decided.n_taken.saturating_sub(1);
                 self.counters.count(lane, &decided);
+                // An answer that ends inside a draft says nothing about the rest of it.
                 if decided.is_over {
                     finished.push((lane.slot, !decided.failed));
-                    // The drafter is told of rows that nobody goes on from only for the sake of a snapshot.
+                    // Drafters are told of rows that nobody goes on from only for the sake of a snapshot.
                     is_wanted = !decided.failed && active.caches && self.config.cache.is_on();
+                } else if let Some(drafter) = drafted_by.filter(|_| lane.n_draft > 0) {
+                    let (n_draft, n_accepted) = (lane.n_draft, decided.n_accepted);
+                    active.outcome = Some(Outcome { drafter, n_draft, n_accepted });
                 }
                 events.extend(decided.events);
             } else {
@@ -701,32 +802,50 @@ impl Engine {
                 moved.push((lane.slot, first_position, first_row..first_row + n_final));
             }
         }
-        if let Some(drafter) = &mut self.drafter {
-            let kept: Vec<Kept<'_>> = moved
-                .iter()
-                .filter_map(|(slot, first_position, rows)| {
-                    let active = self.slots[*slot].as_ref()?;
-                    Some(Kept {
+        self.inform(&moved);
+        finished
+    }
+
+    /// Gives each drafter the rows that became final of the slots that it follows: (slot, first position, rows).
+    fn inform(&mut self, moved: &[(usize, usize, Range<usize>)]) {
+        for (i, drafter) in self.drafters.iter_mut().enumerate() {
+            let followed = || {
+                let active = |slot: usize| self.slots[slot].as_ref().filter(|a| a.chooser.is_alive(i));
+                moved.iter().filter_map(move |(slot, first, rows)| Some((active(*slot)?, *first, rows)))
+            };
+            let mut own = Vec::new();
+            let is_all = self.taps.is_all_of(i);
+            if !is_all {
+                for (_, _, rows) in followed() {
+                    self.taps.gather(i, self.out.taps_rows(rows.clone()), self.out.taps_width, &mut own);
+                }
+            }
+            let width = own.len() / followed().map(|(_, _, rows)| rows.len()).sum::<usize>().max(1);
+            let mut at = 0;
+            let kept: Vec<Kept<'_>> = followed()
+                .map(|(active, first_position, rows)| {
+                    let own_rows = at * width..(at + rows.len()) * width;
+                    at += rows.len();
+                    Kept {
                         seq: active.seq,
-                        first_position: *first_position,
-                        tokens: &active.tokens[*first_position..first_position + rows.len()],
-                        taps: self.out.taps_rows(rows.clone()),
-                    })
+                        first_position,
+                        tokens: &active.tokens[first_position..first_position + rows.len()],
+                        taps: if is_all { self.out.taps_rows(rows.clone()) } else { &own[own_rows] },
+                    }
                 })
                 .collect();
             if !kept.is_empty() {
                 drafter.commit(&kept);
             }
         }
-        finished
     }
 
     /// Takes the request out of `slot`. What it computed stays in the cache, if that is wanted and it is sound.
     fn retire(&mut self, slot: usize, is_sound: bool) {
         let Some(active) = self.slots[slot].take() else { return };
-        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafter));
+        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafters));
         if is_sound && leaves_snapshot(&active, &self.config.cache) {
-            cache.keep(&active.tokens[..active.n_computed], active.seq, follows(&active), &mut stores);
+            cache.keep(&active.tokens[..active.n_computed], active.seq, followers(&active), &mut stores);
         }
         stores.forget(active.seq);
         let mut tokens = active.tokens;
@@ -737,10 +856,12 @@ impl Engine {
     /// Makes the request in `slot` wait again, first in the queue. Its snapshot may be dropped for others; then it is
     /// computed again.
     fn park(&mut self, slot: usize) {
-        let Some(active) = self.slots[slot].take() else { return };
-        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafter));
+        let Some(mut active) = self.slots[slot].take() else { return };
+        // Its draft was never verified.
+        active.drafted_by = None;
+        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafters));
         if active.caches {
-            cache.keep(&active.tokens[..active.n_computed], active.seq, follows(&active), &mut stores);
+            cache.keep(&active.tokens[..active.n_computed], active.seq, followers(&active), &mut stores);
         }
         stores.forget(active.seq);
         cache.evict(&mut stores);
@@ -752,13 +873,13 @@ impl Engine {
     fn keep_cuts(&mut self, slot: usize) {
         let Some(active) = &mut self.slots[slot] else { return };
         if active.reach_cuts() {
-            let mut stores = stores(&mut self.target, &mut self.drafter);
-            self.cache.keep(&active.tokens[..active.n_computed], active.seq, follows(active), &mut stores);
+            let mut stores = stores(&mut self.target, &mut self.drafters);
+            self.cache.keep(&active.tokens[..active.n_computed], active.seq, followers(active), &mut stores);
         }
     }
 
     fn evict(&mut self) {
-        self.cache.evict(&mut stores(&mut self.target, &mut self.drafter));
+        self.cache.evict(&mut stores(&mut self.target, &mut self.drafters));
     }
 
     /// A free slot.
@@ -777,13 +898,14 @@ impl Engine {
         if tokens.is_empty() {
             return Err(SaveError::Empty { slot, why: "it has served no request" });
         }
-        let mut stores = stores(&mut self.target, &mut self.drafter);
-        let Some((n_token, target, drafter)) = self.cache.export(tokens, &mut stores) else {
+        let mut stores = stores(&mut self.target, &mut self.drafters);
+        let Some((n_token, target, drafters)) = self.cache.export(tokens, &mut stores) else {
             let why = "what its last request computed is not in the prompt cache (any more)";
             return Err(SaveError::Empty { slot, why });
         };
         let tokens = tokens[..n_token].to_vec();
-        let file = SnapshotFile { tokens, target: &target, drafter: drafter.as_deref() };
+        let drafters = drafters.iter().map(|(name, part)| (*name, &part[..])).collect();
+        let file = SnapshotFile { tokens, target: &target, drafters };
         Ok(Saved { bytes: file.write(self.config.pair), n_token })
     }
 
@@ -796,29 +918,29 @@ impl Engine {
         if file.tokens.iter().any(|&token| token as usize >= n_vocab) {
             return Err(RestoreError::Damaged(format!("a token beyond the {n_vocab} that there are")).into());
         }
-        let mut stores = stores(&mut self.target, &mut self.drafter);
-        self.cache.import(&file, &mut stores)?;
+        let mut stores = stores(&mut self.target, &mut self.drafters);
+        let serves_drafts = self.cache.import(&file, &mut stores)?;
         self.cache.evict(&mut stores);
         self.last[slot] = (file.tokens, self.counters.n_step);
-        Ok(Restored { n_token, serves_drafts: self.drafter.is_none() || file.drafter.is_some() })
+        Ok(Restored { n_token, serves_drafts })
     }
 
     /// Forgets what the last request of `slot` left, and says how many tokens that were.
     pub fn erase(&mut self, slot: usize) -> Result<usize, SaveError> {
         let slot = self.idle_slot(slot)?;
         let tokens = std::mem::take(&mut self.last[slot].0);
-        self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafter));
+        self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafters));
         Ok(tokens.len())
     }
 
     /// Drops everything that is cached.
     pub fn clear_cache(&mut self) {
-        self.cache.clear(&mut stores(&mut self.target, &mut self.drafter));
+        self.cache.clear(&mut stores(&mut self.target, &mut self.drafters));
     }
 
     /// What is cached, and what that was good for.
     pub fn cache_usage(&mut self) -> CacheUsage {
-        self.cache.usage(&stores(&mut self.target, &mut self.drafter))
+        self.cache.usage(&stores(&mut self.target, &mut self.drafters))
     }
 
     fn count(&mut self, plan: &StepPlan) {
@@ -875,14 +997,14 @@ impl Engine {
         self.target.memory.usage()
     }
 
-    /// The drafter, where there is one.
-    pub fn drafter(&self) -> Option<&dyn Drafter> {
-        self.drafter.as_deref()
+    /// The drafters.
+    pub fn drafters(&self) -> &[Box<dyn Drafter>] {
+        &self.drafters
     }
 }
 
-fn stores<'a>(target: &'a mut Target, drafter: &'a mut Option<Box<dyn Drafter>>) -> Stores<'a> {
-    Stores { memory: &mut target.memory, drafter: drafter.as_mut() }
+fn stores<'a>(target: &'a mut Target, drafters: &'a mut [Box<dyn Drafter>]) -> Stores<'a> {
+    Stores { memory: &mut target.memory, drafters }
 }
 
 /// True if a snapshot is taken when the request ends.
@@ -890,9 +1012,26 @@ fn leaves_snapshot(active: &Active, cache: &CacheConfig) -> bool {
     active.caches && cache.is_on() && cache.keeps_finished && active.n_computed > 0
 }
 
-/// True if the drafter follows this request: it was given all its rows and may be asked for drafts.
+/// What drafting costs here, as long as nothing is known.
+fn pace(drafters: &[Box<dyn Drafter>], config: &EngineConfig, has_clock: bool) -> Pace {
+    let n_draft_max: Vec<usize> =
+        drafters.iter().map(|drafter| drafter.n_draft_max().min(config.n_draft_max)).collect();
+    Pace::new(&n_draft_max, has_clock)
+}
+
+/// The drafters that were given all rows of this request and may be asked for drafts.
+fn followers(active: &Active) -> Members {
+    if follows(active) {
+        Members::of(|i| active.chooser.is_alive(i), active.chooser.n_drafter())
+    } else {
+        Members::NONE
+    }
+}
+
+/// True if drafters follow this request: they were given all its rows and may be asked for drafts.
 fn follows(active: &Active) -> bool {
-    matches!(active.stats.speculation, SpeculationNote::Active | SpeculationNote::Useless)
+    use SpeculationNote::{Active as Drafting, Resting, Useless};
+    matches!(active.stats.speculation, Drafting | Useless | Resting)
 }
 
 /// What a verify came to.

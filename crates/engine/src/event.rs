@@ -108,10 +108,12 @@ pub enum SpeculationNote {
     OffByRequest,
     /// The drafter works.
     Active,
-    /// The drafter gave unusable output and was dropped for this request.
+    /// The drafter, or the last of several, gave unusable output and was dropped for this request.
     Faulted(String),
     /// Many drafts, not one token accepted: loaded, but useless here.
     Useless,
+    /// The drafters work, and drafting costs more at present than it gains.
+    Resting,
 }
 
 /// Figures of a request.
@@ -131,8 +133,12 @@ pub struct Stats {
     pub n_accepted: usize,
     /// `(drafted, accepted)` by position in the draft.
     pub by_position: Vec<(usize, usize)>,
-    /// What there is to say about the drafter.
+    /// What there is to say about speculation.
     pub speculation: SpeculationNote,
+    /// Name of the drafter that drafted last.
+    pub drafter: Option<&'static str>,
+    /// Drafters that were dropped for this request, and why.
+    pub dropped: Vec<(&'static str, String)>,
 }
 
 impl Stats {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  admit    waiting requests take free slots, beginning with the longest prefix that the cache has
-//!  draft    one drafter forward for all slots that draft this step
+//!  draft    who drafts and how much (`choose.rs`), then one call of each drafter for all its slots
 //!  plan     rows of every slot: a prefill chunk, or the anchor and its draft (pure function, `plan.rs`)
 //!  forward  one target forward over all rows of all slots
 //!  verify   each slot's sampler walks its draft; what it would not have chosen never happened
@@ -16,10 +16,11 @@
 //! snapshot in the cache if there is room for one, and goes on where it was. No request fails half way for want of room.
 //!
 //! No clock, thread or I/O lives here: the same calls give the same events, so a seed replays a run. A clock may be
-//! lent ([`Engine::with_clock`]); counters see it and nothing else does. The engine names no architecture, drafter,
-//! tensor type or HTTP field.
+//! lent ([`Engine::with_clock`]); counters see it, and [`Engine::with_planner`] lets it decide how much is drafted,
+//! which changes no token. The engine names no architecture, drafter, tensor type or HTTP field.
 
 mod cache;
+mod choose;
 mod engine;
 mod event;
 mod plan;

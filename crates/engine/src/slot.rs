@@ -6,7 +6,10 @@ use paceline_memory::SeqId;
 use paceline_sampling::{Sampler, TokenLogprobs};
 use paceline_text::{StopMatcher, StreamDecoder, Vocab};
 
-use crate::{Finish, Request, RequestId, SpeculationNote, Stats, Token, TokenOut};
+use crate::{
+    Finish, Request, RequestId, SpeculationNote, Stats, Token, TokenOut,
+    choose::{Chooser, Outcome},
+};
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +66,12 @@ pub(crate) struct Active {
     /// Most tokens drafted per step.
     pub n_draft_max: usize,
     pub stats: Stats,
+    /// Who drafts.
+    pub chooser: Chooser,
+    /// The drafter whose draft is out, until it is verified.
+    pub drafted_by: Option<usize>,
+    /// What the last verified draft came to, until it is settled.
+    pub outcome: Option<Outcome>,
     n_predict: Option<usize>,
     n_ctx: usize,
     ignore_eos: bool,
@@ -79,6 +88,7 @@ impl Active {
         request: Request,
         seq: SeqId,
         sampler: Sampler,
+        chooser: Chooser,
         n_draft_max: usize,
         n_ctx: usize,
         vocab: Arc<Vocab>,
@@ -94,6 +104,9 @@ impl Active {
             n_computed: 0,
             sampler,
             n_draft_max,
+            chooser,
+            drafted_by: None,
+            outcome: None,
             stats: Stats { n_prompt: request.prompt.len(), ..Stats::default() },
             n_predict: request.n_predict,
             n_ctx,

@@ -1,11 +1,11 @@
 //! A snapshot as bytes, for files that outlive the process.
 //!
 //! ```text
-//! "PACELINE SNAP 1\n" | pair u64 | n_tokens u64, tokens u32… | n u64, target's memory | n u64, drafter's memory | checksum u64
+//! "PACELINE SNAP 1\n" | pair u64 | n u64, tokens u32… | n u64, target's memory | of each drafter: n u64, name | n u64, memory | checksum u64
 //! ```
 //!
-//! Little-endian. `pair` is a digest of everything that the contents depend on: both models, how states are stored, the
-//! build. The memories' parts are opaque here. An absent drafter's part has length 0. The checksum is of all that precedes
+//! Little-endian. `pair` is a digest of everything that the contents depend on: all models, how states are stored, the
+//! build. The memories' parts are opaque here. A drafter that has none has one of length 0. The checksum is of all that precedes
 //! it, so a file that was cut, or changed anywhere, is noticed before anything of it is used.
 
 use crate::Token;
@@ -18,7 +18,8 @@ const MAGIC: &[u8; 16] = b"PACELINE SNAP 1\n";
 pub(crate) struct SnapshotFile<'a> {
     pub tokens: Vec<Token>,
     pub target: &'a [u8],
-    pub drafter: Option<&'a [u8]>,
+    /// Name and memory of each drafter, in order; empty where one has nothing.
+    pub drafters: Vec<(&'a str, &'a [u8])>,
 }
 
 /// Why a snapshot can't be restored. Nothing has changed then.
@@ -48,15 +49,17 @@ pub enum RestoreError {
     Useless(String),
 }
 
-impl SnapshotFile<'_> {
+impl<'a> SnapshotFile<'a> {
     pub fn write(&self, pair: u64) -> Vec<u8> {
-        let drafter = self.drafter.unwrap_or_default();
-        let mut out = Vec::with_capacity(64 + 4 * self.tokens.len() + self.target.len() + drafter.len());
+        let parts = self.drafters.iter().flat_map(|(name, memory)| [name.as_bytes(), memory]);
+        let parts: Vec<&[u8]> = std::iter::once(self.target).chain(parts).collect();
+        let n_byte: usize = parts.iter().map(|part| 8 + part.len()).sum();
+        let mut out = Vec::with_capacity(64 + 4 * self.tokens.len() + n_byte);
         out.extend_from_slice(MAGIC);
         out.extend(pair.to_le_bytes());
         out.extend((self.tokens.len() as u64).to_le_bytes());
         self.tokens.iter().for_each(|token| out.extend(token.to_le_bytes()));
-        for part in [self.target, drafter] {
+        for part in parts {
             out.extend((part.len() as u64).to_le_bytes());
             out.extend_from_slice(part);
         }
@@ -65,7 +68,7 @@ impl SnapshotFile<'_> {
         out
     }
 
-    pub fn read(bytes: &[u8], pair: u64) -> Result<SnapshotFile<'_>, RestoreError> {
+    pub fn read(bytes: &'a [u8], pair: u64) -> Result<SnapshotFile<'a>, RestoreError> {
         let Some(rest) = bytes.strip_prefix(MAGIC) else {
             let found = String::from_utf8_lossy(&bytes[..bytes.len().min(MAGIC.len())]).into_owned();
             return Err(RestoreError::Foreign { found });
@@ -82,19 +85,22 @@ impl SnapshotFile<'_> {
         if found != pair {
             return Err(RestoreError::OtherPair { expected: pair, found });
         }
-        let mut part = |width: usize| {
+        let part = |rest: &mut &'a [u8], width: usize| {
             let (&n, tail) = rest.split_first_chunk().ok_or_else(cut)?;
             let n = usize::try_from(u64::from_le_bytes(n)).ok().and_then(|n| n.checked_mul(width));
             let (part, tail) = n.and_then(|n| tail.split_at_checked(n)).ok_or_else(cut)?;
-            rest = tail;
+            *rest = tail;
             Ok(part)
         };
-        let (tokens, target, drafter) = (part(size_of::<Token>())?, part(1)?, part(1)?);
-        if !rest.is_empty() {
-            return Err(damaged("something follows its end"));
+        let (tokens, target) = (part(&mut rest, size_of::<Token>())?, part(&mut rest, 1)?);
+        let mut drafters = Vec::new();
+        while !rest.is_empty() {
+            let name = part(&mut rest, 1)?;
+            let name = std::str::from_utf8(name).map_err(|_| damaged("the name of a drafter is no text"))?;
+            drafters.push((name, part(&mut rest, 1)?));
         }
         let tokens = tokens.as_chunks().0.iter().map(|&token| Token::from_le_bytes(token)).collect();
-        Ok(SnapshotFile { tokens, target, drafter: Some(drafter).filter(|part| !part.is_empty()) })
+        Ok(SnapshotFile { tokens, target, drafters })
     }
 }
 
@@ -123,16 +129,17 @@ mod tests {
 
     fn file() -> Vec<u8> {
         let tokens = (0..9).collect();
-        SnapshotFile { tokens, target: &[7; 70], drafter: Some(&[1, 2, 3]) }.write(5)
+        SnapshotFile { tokens, target: &[7; 70], drafters: vec![("a", &[1, 2, 3]), ("b", &[])] }.write(5)
     }
 
     #[test]
     fn what_is_written_is_read() {
         let bytes = file();
         let read = SnapshotFile::read(&bytes, 5).unwrap();
-        assert_eq!((read.tokens.len(), read.target, read.drafter), (9, &[7; 70][..], Some(&[1, 2, 3][..])));
-        let none = SnapshotFile { drafter: None, ..read }.write(5);
-        assert_eq!(SnapshotFile::read(&none, 5).unwrap().drafter, None);
+        assert_eq!((read.tokens.len(), read.target), (9, &[7; 70][..]));
+        assert_eq!(read.drafters, [("a", &[1, 2, 3][..]), ("b", &[][..])]);
+        let none = SnapshotFile { drafters: Vec::new(), ..read }.write(5);
+        assert_eq!(SnapshotFile::read(&none, 5).unwrap().drafters, []);
         assert_eq!(SnapshotFile::read(&none, 6), Err(RestoreError::OtherPair { expected: 6, found: 5 }));
     }
 

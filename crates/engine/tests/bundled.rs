@@ -28,6 +28,7 @@ fn engine(n_slot: usize, cache: CacheConfig) -> Engine {
         target: &*model,
         states: config,
         n_cell_max: 1 << 16,
+        n_draft_max: None,
     };
     let drafter = paceline_spec::load(&request).unwrap();
     let mut p = PlanBuilder::new(drafter.taps());
@@ -183,7 +184,7 @@ fn restored_is_fresh() {
         warm.clear_cache();
         let usage = warm.usage();
         assert_eq!((usage.n_page, usage.n_page_resting, usage.bytes + usage.bytes_resting), (0, 0, 0));
-        assert_eq!(warm.drafter().map(|drafter| drafter.state_bytes()), Some(0));
+        assert_eq!(warm.drafters()[0].state_bytes(), 0);
     }
 }
 

@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 
 use paceline_engine::{CacheConfig, Finish, Request, RequestError, RequestId, SpeculationNote};
 use paceline_sampling::SamplingParams;
+use paceline_spec::Ngram;
 use paceline_testkit::{Accept, Forks, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
-use world::{Sizes, World};
+use world::{Prices, Sizes, World, watched};
 
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz \n.";
 
@@ -114,8 +115,19 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         cache: cache(&mut rng),
     };
     let n_ctx = sizes.n_ctx_of(&model);
-    let drafter = drafter(&mut rng, &model);
-    let mut world = World::new(model.clone(), drafter, sizes);
+    let n_drafter = *rng.pick(&[1, 1, 2, 3]);
+    let mut drafters: Vec<_> = (0..n_drafter).filter_map(|_| drafter(&mut rng, &model)).collect::<Vec<_>>();
+    let mut watchful: Vec<_> = drafters.drain(..).map(|drafter| watched(&model, drafter)).collect();
+    if rng.chance(0.3) {
+        watchful.push(watched(&model, Ngram::new(rng.range(1..16))));
+    }
+    let prices = rng.chance(0.4).then(|| Prices {
+        forward: rng.range(1..2000) as u64,
+        row: rng.range(0..500) as u64,
+        draft: rng.range(0..1000) as u64,
+    });
+    *seen.entry("several drafters").or_default() += usize::from(watchful.len() > 1);
+    let mut world = World::several(model.clone(), watchful, sizes, prices);
 
     let n_request = rng.range(1..13);
     let mut arrivals: Vec<(usize, Request)> = Vec::new();
@@ -194,6 +206,11 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         }
         if matches!(told.stats.speculation, SpeculationNote::Faulted(_)) {
             *seen.entry("drafter dropped").or_default() += 1;
+        } else if !told.stats.dropped.is_empty() {
+            *seen.entry("one of several dropped").or_default() += 1;
+        }
+        if told.stats.speculation == SpeculationNote::Resting {
+            *seen.entry("drafts did not pay").or_default() += 1;
         }
     }
 }
@@ -202,6 +219,6 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
 fn every_request_gets_what_it_gets_alone() {
     let mut seen = BTreeMap::new();
     (0..1200).for_each(|seed| simulate(seed, &mut seen));
-    assert_eq!(seen.len(), 12, "{seen:?}");
+    assert_eq!(seen.len(), 15, "{seen:?}");
     assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
 }

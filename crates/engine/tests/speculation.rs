@@ -4,17 +4,25 @@
 mod world;
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use paceline_engine::{CacheConfig, Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError};
-use paceline_sampling::SamplingParams;
-use paceline_spec::{Draft, Drafter};
-use paceline_testkit::{
-    Accept, End, HashKind, HashModel, IM_END, Lie, Scripted, TEXT_END, Token, liar, oracle,
+use paceline_backend::{StateConfig, Tap};
+use paceline_engine::{
+    CacheConfig, Engine, EngineConfig, Finish, Request, RequestError, RequestId, SpeculationNote, SubmitError,
 };
-use world::{Sizes, World};
+use paceline_sampling::SamplingParams;
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, SeqId};
+use paceline_testkit::{
+    Accept, End, HashKind, HashModel, IM_END, Lie, Reading, Scripted, TEXT_END, Token, liar, oracle,
+    tiny_vocab,
+};
+use world::{Prices, Sizes, World, watched};
 
 fn greedy() -> SamplingParams {
     SamplingParams { temperature: 0.0, ..SamplingParams::default() }
@@ -370,4 +378,137 @@ fn what_cannot_be_served_is_refused() {
     assert!(matches!(world.submit(sampling), Err(SubmitError::Sampling(_))));
     world.run();
     world.check();
+}
+
+/// The engine's planner on a clock where things cost what they are said to: a liar is put to sleep, who is right drafts
+/// at full length, and the price of a step decides how much.
+#[test]
+fn what_does_not_pay_is_not_drafted() {
+    let seconds = |accept: Option<Accept>, prices: Prices, n_slot: usize| {
+        let model = HashModel::new(4, HashKind::Hybrid);
+        let drafters = accept.map(|accept| watched(&model, oracle(model.clone(), 7, accept, 1)));
+        let sizes = Sizes { n_slot, n_ctx: 1100, n_draft_max: 7, ..Sizes::ROOMY };
+        let mut world = World::several(model, drafters.into_iter().collect(), sizes, Some(prices));
+        for id in 0..2 * n_slot as u64 {
+            world.submit(Request { n_predict: Some(1000), ..request(id, "once upon") }).expect("valid");
+        }
+        world.run();
+        world.check();
+        let n_draft = world.told.values().map(|told| told.stats.n_draft).sum::<usize>();
+        let times = world.engine.counters().times;
+        ((times.draft + times.verify).as_secs_f64(), n_draft, world)
+    };
+    let flat = Prices { forward: 10_000, row: 200, draft: 2_000 };
+    let steep = Prices { forward: 0, row: 10_000, draft: 2_000 };
+    for n_slot in [1, 2, 5, 8] {
+        for prices in [flat, steep] {
+            let (plain, ..) = seconds(None, prices, n_slot);
+            let (lied, n_draft, _) = seconds(Some(Accept::Exactly(0)), prices, n_slot);
+            assert!(lied < 1.06 * plain && n_draft > 0, "{n_slot} slots: {lied} seconds, plain {plain}");
+        }
+        let (plain, ..) = seconds(None, flat, n_slot);
+        let (right, _, world) = seconds(Some(Accept::All), flat, n_slot);
+        assert!(right < plain / 2.0, "{n_slot} slots: {right} seconds, plain {plain}");
+        assert!(world.told.values().all(|told| told.stats.drafter == Some("oracle")));
+    }
+    // Where every row costs as much as the first, even a drafter that is always right gains nothing.
+    let (_, n_draft, world) = seconds(Some(Accept::All), steep, 1);
+    assert!(n_draft < 400, "{n_draft} tokens were drafted");
+    assert!(world.told.values().any(|told| told.stats.speculation == SpeculationNote::Resting));
+}
+
+#[test]
+fn a_slot_goes_on_with_the_drafters_that_are_left() {
+    let model = HashModel::new(2, HashKind::Hybrid);
+    let drafters = vec![
+        watched(&model, liar(model.clone(), 15, &[Lie::Fault], 1)),
+        watched(&model, liar(model.clone(), 15, &[Lie::Empty], 1)),
+        watched(&model, oracle(model.clone(), 15, Accept::All, 1)),
+    ];
+    let mut world = World::several(model, drafters, Sizes { n_slot: 2, ..Sizes::ROOMY }, None);
+    (0..3).for_each(|id| world.submit(request(id, "go on")).expect("valid"));
+    world.run();
+    world.check();
+    for (id, told) in &world.told {
+        let stats = &told.stats;
+        assert_eq!((&stats.speculation, stats.drafter), (&SpeculationNote::Active, Some("oracle")));
+        // The third begins with what the first two found out, and does not ask the liar first.
+        let dropped = if id.0 < 2 { vec![("liar", "a lie".to_string())] } else { vec![] };
+        assert_eq!(stats.dropped, dropped, "{id:?}");
+        // Who says nothing costs nothing: the next one is asked in the same step.
+        assert!(stats.accept_len() > 10.0, "{stats:?}");
+    }
+}
+
+/// Reads some columns of the model's taps, and checks that they are the right rows' and its own.
+struct Reads {
+    model: HashModel,
+    taps: &'static [Tap],
+    columns: &'static [usize],
+    readings: HashMap<SeqId, Reading>,
+    n_row: Arc<AtomicU64>,
+}
+
+impl Drafter for Reads {
+    fn name(&self) -> &'static str {
+        "reader"
+    }
+    fn contract(&self) -> String {
+        "reads".to_string()
+    }
+    fn taps(&self) -> &[Tap] {
+        self.taps
+    }
+    fn n_draft_max(&self) -> usize {
+        3
+    }
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft> {
+        requests.iter().map(|r| Draft { tokens: vec![r.anchor], q: vec![0.1], fault: None }).collect()
+    }
+    fn commit(&mut self, kept: &[Kept<'_>]) {
+        for rows in kept {
+            let reading = self.readings.entry(rows.seq).or_insert_with(|| self.model.reading());
+            for (&token, got) in rows.tokens.iter().zip(rows.taps.chunks_exact(self.columns.len())) {
+                reading.push(token);
+                let all = reading.taps();
+                let want: Vec<f32> = self.columns.iter().map(|&column| all[column]).collect();
+                assert_eq!(got, want, "columns {:?} of {:?}", self.columns, rows.seq);
+                self.n_row.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+    fn fork(&mut self, _: SeqId, _: SeqId, _: usize) -> bool {
+        false
+    }
+    fn forget(&mut self, seq: SeqId) {
+        self.readings.remove(&seq);
+    }
+}
+
+#[test]
+fn each_drafter_reads_its_own_taps() {
+    let model = HashModel::new(3, HashKind::Hybrid);
+    let n_row = Arc::new(AtomicU64::new(0));
+    let reads = |taps, columns| {
+        let (model, n_row) = (model.clone(), n_row.clone());
+        Box::new(Reads { model, taps, columns, readings: HashMap::new(), n_row }) as Box<dyn Drafter>
+    };
+    // The model has four columns, which are those of the union.
+    let drafters = vec![
+        reads(&[Tap::Layer(0), Tap::Layer(2), Tap::FinalNorm], &[0, 1, 2]),
+        reads(&[Tap::Layer(3), Tap::Layer(2)], &[3, 1]),
+    ];
+    let config = StateConfig { page_len: 16, ..StateConfig::default() };
+    let (target, _) = model.target(config, 1 << 16);
+    let config = EngineConfig { n_slot: 2, n_ubatch: 8, n_draft_max: 3, ..EngineConfig::default() };
+    let mut engine = Engine::new(target, drafters, tiny_vocab(), config);
+    for id in 0..5 {
+        engine.submit(request(id, "columns of one another")).expect("valid");
+    }
+    let mut events = Vec::new();
+    while engine.has_work() {
+        engine.step(&mut events);
+    }
+    // Twice every row but the last of each answer: 22 + 48 - 1 tokens less what the last step made.
+    assert!(n_row.load(Ordering::Relaxed) > 2 * 5 * 60);
 }

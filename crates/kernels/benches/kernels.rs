@@ -6,14 +6,14 @@
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
 use paceline_gguf::GgmlType;
-use paceline_kernels::attention::{Query, RunningSoftmax};
+use paceline_kernels::attention::QueryTile;
 use paceline_kernels::delta::{DeltaToken, delta_advance, delta_step};
 use paceline_kernels::formats::{format, quantize_rows};
-use paceline_kernels::kv::{KvData, KvRows};
+use paceline_kernels::kv::KvType;
 use paceline_kernels::norm::rms_norm;
 use paceline_kernels::packed::{Grain, PackedMatrix, PackedTable, QuantRows, pack};
 use paceline_kernels::roofline::{Point, measure};
-use paceline_kernels::{KernelTable, Team, WeightRows, f16};
+use paceline_kernels::{KernelTable, Team, WeightRows};
 
 fn main() {
     divan::main();
@@ -60,6 +60,119 @@ mod matmul {
         bencher
             .counter(BytesCount::new(bytes.len()))
             .bench_local(|| (table().matmul_tile)(&w, black_box(&x), &mut scratch, black_box(&mut out)));
+    }
+}
+
+/// One KV head of 128 over more cells than caches hold; bytes are those of the cells.
+mod attention {
+    use super::*;
+    use paceline_kernels::attention::KvHead;
+    use paceline_kernels::kv::{KvBytes, KvTypes};
+
+    pub const DIM: usize = 128;
+    const PAGE: usize = 64;
+
+    pub struct Cache {
+        types: KvTypes,
+        pages: Vec<[KvBytes; 2]>,
+    }
+
+    impl Cache {
+        pub fn new(types: impl Into<KvTypes>, n_cell: usize) -> Cache {
+            let types = types.into();
+            let row = noise(PAGE * DIM);
+            let page = |ty: KvType| {
+                let n = ty.row_bytes(PAGE * DIM);
+                let mut bytes = KvBytes::new(n);
+                ty.write(&row, &mut bytes.bytes_mut()[..n]);
+                bytes
+            };
+            let one = [page(types.k), page(types.v)];
+            Cache { types, pages: vec![one; n_cell / PAGE] }
+        }
+
+        pub fn bytes(&self) -> usize {
+            self.pages.len() * PAGE * self.types.cell_bytes(DIM)
+        }
+
+        /// The last `n_row` cells are the rows'.
+        pub fn attend(&self, tile: &mut QueryTile, q: &[f32], n_row: usize, per_row: usize) {
+            let page = |i: usize| [self.pages[i][0].bytes(), self.pages[i][1].bytes()];
+            let n_past = self.pages.len() * PAGE - n_row;
+            tile.start(DIM, None);
+            for i in 0..n_row * per_row {
+                tile.push(&q[i * DIM..(i + 1) * DIM], 0.088, 0..n_past + i / per_row + 1);
+            }
+            tile.attend(table(), KvHead { types: self.types, head_dim: DIM, page_len: PAGE, page: &page });
+            black_box(tile);
+        }
+    }
+
+    fn run(bencher: Bencher<'_, '_>, types: impl Into<KvTypes>, n_cell: usize, n_row: usize, per_row: usize) {
+        let cache = Cache::new(types, n_cell);
+        let (q, mut tile) = (noise(n_row * per_row * DIM), QueryTile::default());
+        bencher
+            .counter(BytesCount::new(cache.bytes()))
+            .bench_local(|| cache.attend(&mut tile, black_box(&q), n_row, per_row));
+    }
+
+    /// One row with so many query heads on a KV head.
+    #[divan::bench(args = [1, 2, 4, 8])]
+    fn f16(bencher: Bencher<'_, '_>, per_row: usize) {
+        run(bencher, KvType::F16, 256 << 10, 1, per_row);
+    }
+
+    /// Rows of a draft, two query heads each.
+    #[divan::bench(args = [1, 2, 4, 8, 16])]
+    fn f16_rows(bencher: Bencher<'_, '_>, n_row: usize) {
+        run(bencher, KvType::F16, 256 << 10, n_row, 2);
+    }
+
+    #[divan::bench(args = [1, 8])]
+    fn q8_0(bencher: Bencher<'_, '_>, n_row: usize) {
+        run(bencher, KvType::Q8_0, 256 << 10, n_row, 2);
+    }
+
+    #[divan::bench(args = [1, 8])]
+    fn q4_0(bencher: Bencher<'_, '_>, n_row: usize) {
+        run(bencher, KvType::Q4_0, 256 << 10, n_row, 2);
+    }
+
+    /// 64 rows of a prompt, two heads each, over 4096 cells; items are products.
+    #[divan::bench]
+    fn prompt(bencher: Bencher<'_, '_>) {
+        let cache = Cache::new(KvType::F16, 4096);
+        let (q, mut tile) = (noise(128 * DIM), QueryTile::default());
+        bencher
+            .counter(ItemsCount::new(2 * 128usize * 4096 * DIM))
+            .bench_local(|| cache.attend(&mut tile, black_box(&q), 64, 2));
+    }
+
+    /// The fastest that these cells can be read.
+    #[divan::bench]
+    fn read_only(bencher: Bencher<'_, '_>) {
+        let cache = Cache::new(KvType::F16, 256 << 10);
+        bencher.counter(BytesCount::new(cache.bytes())).bench_local(|| {
+            let mut sums = [0u64; 32];
+            for page in cache.pages.iter().flatten() {
+                for line in page.bytes().chunks_exact(256) {
+                    for (sum, word) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
+                        *sum ^= u64::from_ne_bytes(*word);
+                    }
+                }
+            }
+            black_box(sums)
+        });
+    }
+
+    /// A row of 8 heads into cells.
+    #[divan::bench(args = KvType::ALL)]
+    fn append(bencher: Bencher<'_, '_>, ty: KvType) {
+        let (row, n) = (noise(8 * DIM), ty.row_bytes(8 * DIM));
+        let mut bytes = KvBytes::new(n);
+        bencher
+            .counter(ItemsCount::new(8 * DIM))
+            .bench_local(|| ty.write(black_box(&row), black_box(&mut bytes.bytes_mut()[..n])));
     }
 }
 
@@ -116,21 +229,6 @@ fn norm(bencher: Bencher<'_, '_>) {
     bencher
         .counter(ItemsCount::new(x.len()))
         .bench_local(|| rms_norm(black_box(&x), Some(&weight), 1e-6, black_box(&mut out)));
-}
-
-/// One head of one row over n cells; items are cells.
-#[divan::bench(args = [256, 4096])]
-fn attention_f16(bencher: Bencher<'_, '_>, n: usize) {
-    let dim = 128;
-    let cells: Vec<f16> = noise(n * dim).into_iter().map(f16::from_f32).collect();
-    let rows = KvRows { data: KvData::F16(&cells), stride: dim, offset: 0 };
-    let (q, mut out) = (noise(dim), vec![0.0; dim]);
-    let query = Query { q: &q, scale: 0.088, softcap: None };
-    bencher.counter(ItemsCount::new(n)).bench_local(|| {
-        let mut softmax = RunningSoftmax::new(table(), query, black_box(&mut out));
-        softmax.attend_page(rows, rows, 0..n);
-        softmax.finish(None);
-    });
 }
 
 /// One token of one head of 128 x 128; bytes are those of the state.
@@ -240,22 +338,14 @@ mod shares {
 
     /// One head of one row over cells that fill the memory.
     fn attention(point: &Point) -> Done {
-        let dim = 128;
-        let n = FAR / (2 * dim * size_of::<f16>());
-        let cells = vec![f16::from_f32(0.25); n * dim];
-        let values = cells.clone();
-        let k = KvRows { data: KvData::F16(&cells), stride: dim, offset: 0 };
-        let v = KvRows { data: KvData::F16(&values), stride: dim, offset: 0 };
-        let (q, mut out) = (noise(dim), vec![0.0; dim]);
-        let query = Query { q: &q, scale: 0.088, softcap: None };
-        let seconds = least(|| {
-            let mut softmax = RunningSoftmax::new(table(), query, black_box(&mut out));
-            softmax.attend_page(k, v, 0..n);
-            softmax.finish(None);
-        });
+        let dim = attention::DIM;
+        let cache = attention::Cache::new(KvType::F16, FAR / (4 * dim));
+        let (q, mut tile) = (noise(dim), QueryTile::default());
+        let seconds = least(|| cache.attend(&mut tile, &q, 1, 1));
+        let mut out = vec![f32::NAN; dim];
+        tile.finish(0, None, &mut out);
         assert!(out.iter().all(|x| x.is_finite()), "attention");
-        let n_bytes = 2 * n * dim * size_of::<f16>();
-        Done { n_bytes, macs: 2 * n * dim, peak: point.fma.best, seconds }
+        Done { n_bytes: cache.bytes(), macs: cache.bytes() / 2, peak: point.fma.best, seconds }
     }
 
     /// One token of heads whose states fill the memory: read and written.

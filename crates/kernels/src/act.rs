@@ -62,6 +62,7 @@ pub fn softcap(x: f32, cap: f32) -> f32 {
 }
 
 /// `out[i] = silu(gate[i]) · up[i]`, the gate of a SwiGLU feed-forward.
+#[inline(always)]
 pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     gated(gate, up, out, silu);
 }
@@ -72,8 +73,18 @@ pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 /// `out[i] = sigmoid(gate[i]) · x[i]`, an attention's output gate.
+#[inline(always)]
 pub fn sigmoid_mul(gate: &[f32], x: &[f32], out: &mut [f32]) {
     gated(gate, x, out, sigmoid);
+}
+
+/// `out = a + b`.
+#[inline(always)]
+pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
+    assert_eq!((a.len(), b.len()), (out.len(), out.len()), "terms and their sum");
+    for ((a, b), out) in a.iter().zip(b).zip(out) {
+        *out = a + b;
+    }
 }
 
 /// [`softcap`] of a whole row, in place.
@@ -81,7 +92,7 @@ pub fn softcap_row(row: &mut [f32], cap: f32) {
     row.iter_mut().for_each(|x| *x = softcap(*x, cap));
 }
 
-#[inline]
+#[inline(always)]
 fn gated(gate: &[f32], x: &[f32], out: &mut [f32], act: impl Fn(f32) -> f32) {
     assert_eq!(gate.len(), x.len(), "a gate and what it gates");
     assert_eq!(gate.len(), out.len(), "a gate and its output");

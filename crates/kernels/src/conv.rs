@@ -13,6 +13,7 @@ use crate::act::silu;
 
 /// One row's output for the channels that the slices cover: `taps` is `width` rows of
 /// `[channels]`, `weights` is `[channels, width]`, `out` is `[channels]`.
+#[inline(always)]
 pub fn short_conv_silu(taps: &[&[f32]], weights: &[f32], out: &mut [f32]) {
     let width = taps.len();
     assert_eq!(weights.len(), out.len() * width, "conv weights [{}, {width}]", out.len());

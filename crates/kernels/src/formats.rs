@@ -32,7 +32,7 @@ mod q3_k;
 mod q4_0;
 mod q4_1;
 pub(crate) mod q4_k;
-mod q5_0;
+pub(crate) mod q5_0;
 mod q5_1;
 mod q5_k;
 mod q6_k;

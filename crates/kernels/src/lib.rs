@@ -11,8 +11,9 @@
 //!
 //! Reading order: [`table`] picks the instruction set and [`scalar`] defines its kernels;
 //! [`formats`] are what [`matmul`] reads its weights from; [`attention`] over the cells of [`kv`],
-//! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between;
-//! [`team`] and [`shared`] spread all of it over threads. [`roofline`] says what a machine can do at best.
+//! [`conv`] and [`delta`] mix tokens; [`norm`], [`act`] and [`rope`] are what lies between, and
+//! [`row_ops`] compiles them for each instruction set; [`team`] and [`shared`] spread all of it over
+//! threads. [`roofline`] says what a machine can do at best.
 
 pub mod act;
 pub mod attention;
@@ -24,11 +25,13 @@ pub mod conv;
 pub mod delta;
 pub mod formats;
 pub mod kv;
+mod mapped;
 pub mod matmul;
 pub mod norm;
 pub mod packed;
 pub mod roofline;
 pub mod rope;
+pub mod row_ops;
 pub mod scalar;
 pub mod shared;
 #[cfg(target_arch = "x86_64")]

@@ -12,11 +12,13 @@
 use crate::act::silu;
 
 /// `out = rms_norm(x; w)`; without a weight the factor is one.
+#[inline(always)]
 pub fn rms_norm(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]) {
     scale_by(x, rms_factor(x, eps), w, out);
 }
 
 /// `out = x · factor · w`, what is left of a norm once its factor is known.
+#[inline(always)]
 pub(crate) fn scale_by(x: &[f32], factor: f32, w: Option<&[f32]>, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "a norm's input and output");
     match w {
@@ -31,6 +33,7 @@ pub(crate) fn scale_by(x: &[f32], factor: f32, w: Option<&[f32]>, out: &mut [f32
 }
 
 /// `out = l2_norm(x)`: length one, or shorter where `eps` matters.
+#[inline(always)]
 pub fn l2_norm(x: &[f32], eps: f32, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "a norm's input and output");
     let factor = 1.0 / (sum_of_squares(x) + eps).sqrt();
@@ -38,16 +41,19 @@ pub fn l2_norm(x: &[f32], eps: f32, out: &mut [f32]) {
 }
 
 /// `out = rms_norm(x; w) · silu(z)`: the output norm of a gated recurrence.
+#[inline(always)]
 pub fn gated_rms_norm(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]) {
     rms_norm(x, Some(w), eps, out);
     assert_eq!(x.len(), z.len(), "a norm's input and gate");
     out.iter_mut().zip(z).for_each(|(out, z)| *out *= silu(*z));
 }
 
+#[inline(always)]
 pub(crate) fn rms_factor(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt()
 }
 
+#[inline(always)]
 fn sum_of_squares(x: &[f32]) -> f32 {
     let mut sums = [0.0f32; 16];
     let (chunks, tail) = x.as_chunks::<16>();

@@ -54,10 +54,12 @@ mod scalar;
 mod table;
 #[cfg(test)]
 mod tests;
+mod tune;
 
-pub use matrix::{PackError, PackedMatrix, pack};
+pub use matrix::{PackError, PackedMatrix, TileMemory, pack, pack_into, pack_slabs, packed_bytes};
 pub use rows::{ActBlock, Grain, QuantRows, RowWriter};
 pub use table::PackedTable;
+pub use tune::{Ahead, tune};
 
 use format::PackedFormat;
 use paceline_gguf::GgmlType;

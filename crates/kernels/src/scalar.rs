@@ -1,6 +1,7 @@
 //! The kernels in plain Rust. They define what the vector kernels compute and are written to be
 //! read; a sum is taken front to back, a product and its addition round separately.
 
+use crate::attention::{BLOCK, BlockCall, Cells};
 use crate::delta::DeltaToken;
 use crate::matmul::WeightRows;
 use crate::table::KernelTable;
@@ -9,6 +10,7 @@ use half::f16;
 /// The table of the scalar kernels, which every machine can run.
 pub const TABLE: KernelTable = KernelTable {
     isa: "scalar",
+    rows: crate::row_ops::PLAIN,
     dot,
     dot_f16,
     axpy,
@@ -17,6 +19,7 @@ pub const TABLE: KernelTable = KernelTable {
     matmul_tile,
     delta_step,
     delta_advance,
+    attend_block,
 };
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -68,6 +71,28 @@ fn delta_advance(state: &mut [f32], token: &DeltaToken<'_>) {
         scale(row, token.decay);
         let d = token.beta * (v - dot(row, token.k));
         axpy(row, d, token.k);
+    }
+}
+
+fn attend_block(call: &mut BlockCall<'_>) {
+    call.check();
+    let width = call.width;
+    let cell = |cells: &Cells<'_>, at: usize| match cells {
+        Cells::F32(data) => data[at],
+        Cells::F16(data) => data[at].to_f32(),
+        Cells::Bf16(data) => data[at].to_f32(),
+    };
+    for (i, visible) in call.visible.iter().enumerate() {
+        for c in visible.clone() {
+            let product = |sum, d| sum + call.q[i * width + d] * cell(&call.k, c * width + d);
+            call.weights[i * BLOCK + c] = (0..width).fold(0.0, product);
+        }
+        call.weigh(i);
+        for d in 0..width {
+            let sum = call.sums.value[i * width + d] * call.factors[i];
+            let add = |sum, c| sum + call.weights[i * BLOCK + c] * cell(&call.v, c * width + d);
+            call.sums.value[i * width + d] = visible.clone().fold(sum, add);
+        }
     }
 }
 

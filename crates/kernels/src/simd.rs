@@ -5,9 +5,11 @@
 //! accumulators in one fixed order; a tail shorter than a vector is padded with zeros and takes
 //! the same path, so no length has an order of its own.
 
+use crate::attention::{BLOCK, BlockCall, Cells};
 use crate::delta::DeltaToken;
 use crate::matmul::WeightRows;
-use half::f16;
+use half::{bf16, f16};
+use std::ops::Range;
 
 /// A vector of f32.
 ///
@@ -30,10 +32,15 @@ pub(crate) trait Simd: Copy {
     unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
     /// The sum of the lanes, in one fixed order.
     unsafe fn sum(self) -> f32;
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// Lane `i` of the result is the sum of the lanes of vector `i`, of the first `LANES`: one order of additions for all.
+    unsafe fn sums(vectors: &[Self; MAX_LANES]) -> Self;
+    /// Fetches the cache line at `from` before it is read. Any address will do.
+    fn prefetch(from: *const u8);
 }
 
 /// The most lanes of any [`Simd`].
-const MAX_LANES: usize = 16;
+pub(crate) const MAX_LANES: usize = 16;
 /// Weight rows that a block of the matrix product holds in registers.
 const ROWS: usize = 4;
 /// Weight rows that are widened together when many columns share them: the columns are then read
@@ -59,6 +66,18 @@ impl Element for f32 {
     #[inline(always)]
     fn widen(self) -> f32 {
         self
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16(from) }
+    }
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self.to_f32()
     }
 }
 
@@ -331,6 +350,213 @@ pub(crate) unsafe fn delta<S: Simd, const OUTPUT: bool>(
     }
 }
 
+/// Scores, weights and weighted values of a block.
+///
+/// # Safety
+/// The CPU has the features of `S`; `BlockCall::check` has passed.
+#[inline(always)]
+pub(crate) unsafe fn attend_block<S: Simd>(call: &mut BlockCall<'_>) {
+    // SAFETY: the caller's promise; `check` says how long each slice is.
+    unsafe {
+        match call.k {
+            Cells::F32(k) => scores::<S, f32>(call, k.as_ptr()),
+            Cells::F16(k) => scores::<S, f16>(call, k.as_ptr()),
+            Cells::Bf16(k) => scores::<S, bf16>(call, k.as_ptr()),
+        }
+        // A loop: what a closure calls may miss the features.
+        for i in 0..call.visible.len() {
+            call.weigh(i);
+        }
+        match call.v {
+            Cells::F32(v) => values::<S, f32>(call, v.as_ptr()),
+            Cells::F16(v) => values::<S, f16>(call, v.as_ptr()),
+            Cells::Bf16(v) => values::<S, bf16>(call, v.as_ptr()),
+        }
+    }
+}
+
+/// The products of all queries with the keys that anybody sees, and a few around them.
+///
+/// # Safety
+/// As for [`attend_block`]; `k` are the call's keys.
+#[inline(always)]
+unsafe fn scores<S: Simd, E: Element>(call: &mut BlockCall<'_>, k: *const E) {
+    let (n, seen) = (call.visible.len(), call.seen());
+    let mut i = 0;
+    while i < n {
+        // As many sums as a vector has lanes: added up together, and enough to hide the latency of one.
+        // SAFETY: there are as many queries left as the tile takes.
+        unsafe {
+            i += match (n - i, S::LANES) {
+                (4.., 16) => score_tile::<S, E, 4, 4>(call, i, k, &seen),
+                (2.., 16) => score_tile::<S, E, 2, 8>(call, i, k, &seen),
+                (_, 16) => score_tile::<S, E, 1, 16>(call, i, k, &seen),
+                (4.., _) => score_tile::<S, E, 4, 2>(call, i, k, &seen),
+                (2.., _) => score_tile::<S, E, 2, 4>(call, i, k, &seen),
+                _ => score_tile::<S, E, 1, 8>(call, i, k, &seen),
+            };
+        }
+    }
+}
+
+/// The scores of `Q` queries from query `i` on, `C` cells at a time. Returns `Q`.
+///
+/// # Safety
+/// As for [`scores`]; the call has these queries; `Q · C` is the number of lanes.
+#[inline(always)]
+unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const C: usize>(
+    call: &mut BlockCall<'_>,
+    i: usize,
+    k: *const E,
+    seen: &Range<usize>,
+) -> usize {
+    debug_assert!(Q * C == S::LANES && BLOCK.is_multiple_of(C));
+    let width = call.width;
+    let q = call.q.as_ptr();
+    for first in (seen.start / C * C..seen.end).step_by(C) {
+        // SAFETY: cells `first..first + C` are inside the block, vectors inside the padded width.
+        unsafe {
+            if i == 0 {
+                prefetch_cells::<S>(call.next[0], first, C);
+            }
+            let (q, k) = (q.add(i * width), k.add(first * width));
+            let mut sums = [[S::splat(0.0); C]; Q];
+            for d in (0..width).step_by(S::LANES) {
+                let mut keys = [S::splat(0.0); C];
+                for c in 0..C {
+                    keys[c] = E::load::<S>(k.add(c * width + d));
+                }
+                for j in 0..Q {
+                    let q = S::load(q.add(j * width + d));
+                    for c in 0..C {
+                        sums[j][c] = keys[c].mul_add(q, sums[j][c]);
+                    }
+                }
+            }
+            let mut flat = [S::splat(0.0); MAX_LANES];
+            for j in 0..Q {
+                for c in 0..C {
+                    flat[j * C + c] = sums[j][c];
+                }
+            }
+            let mut lanes = [0.0f32; MAX_LANES];
+            S::sums(&flat).store(lanes.as_mut_ptr());
+            for j in 0..Q {
+                let at = (i + j) * BLOCK + first;
+                call.weights[at..at + C].copy_from_slice(&lanes[j * C..(j + 1) * C]);
+            }
+        }
+    }
+    Q
+}
+
+/// Asks for the bytes of some cells of a block, where there is one.
+#[inline(always)]
+fn prefetch_cells<S: Simd>(block: &[u8], first: usize, n: usize) {
+    let mut at = first * block.len() / BLOCK;
+    while at < (first + n) * block.len() / BLOCK {
+        S::prefetch(block.as_ptr().wrapping_add(at));
+        at += 64;
+    }
+}
+
+/// Adds the weighted values of the cells that each query sees.
+///
+/// # Safety
+/// As for [`attend_block`]; `v` are the call's values.
+#[inline(always)]
+unsafe fn values<S: Simd, E: Element>(call: &mut BlockCall<'_>, v: *const E) {
+    let mut i = 0;
+    while i < call.visible.len() {
+        let same = call.visible[i..].iter().take_while(|cells| **cells == call.visible[i]).count();
+        // Queries that see the same cells go through them together.
+        // SAFETY: there are that many queries, and they see the same.
+        unsafe {
+            i += match same {
+                _ if call.visible[i].is_empty() => same,
+                4.. => value_tile::<S, E, 4>(call, i, v),
+                2.. => value_tile::<S, E, 2>(call, i, v),
+                _ => value_tile::<S, E, 1>(call, i, v),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As for [`values`]; the call has queries `i..i + Q`, which see the same cells.
+#[inline(always)]
+unsafe fn value_tile<S: Simd, E: Element, const Q: usize>(
+    call: &mut BlockCall<'_>,
+    i: usize,
+    v: *const E,
+) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut d = 0;
+        // As many sums as lanes: few enough for the registers, and enough to hide the latency of one.
+        if Q * 8 <= S::LANES {
+            d = value_run::<S, E, Q, 8>(call, i, v, d);
+        }
+        if Q * 4 <= S::LANES {
+            d = value_run::<S, E, Q, 4>(call, i, v, d);
+        }
+        d = value_run::<S, E, Q, 2>(call, i, v, d);
+        value_run::<S, E, Q, 1>(call, i, v, d);
+    }
+    Q
+}
+
+/// Runs of `D` vectors from value `d` on, as far as they go; returns where the rest begins.
+///
+/// # Safety
+/// As for [`value_tile`].
+#[inline(always)]
+unsafe fn value_run<S: Simd, E: Element, const Q: usize, const D: usize>(
+    call: &mut BlockCall<'_>,
+    i: usize,
+    v: *const E,
+    mut d: usize,
+) -> usize {
+    let width = call.width;
+    let cells = call.visible[i].clone();
+    let weights = call.weights.as_ptr();
+    let out = call.sums.value.as_mut_ptr();
+    // SAFETY: values `d..d + D · LANES` are inside the width, the cells inside the block.
+    unsafe {
+        while d + D * S::LANES <= width {
+            let mut sums = [[S::splat(0.0); D]; Q];
+            for j in 0..Q {
+                let factor = S::splat(call.factors[i + j]);
+                for l in 0..D {
+                    sums[j][l] = S::load(out.add((i + j) * width + d + l * S::LANES)).mul(factor);
+                }
+            }
+            for c in cells.clone() {
+                if i == 0 && d == 0 {
+                    prefetch_cells::<S>(call.next[1], c, 1);
+                }
+                let mut values = [S::splat(0.0); D];
+                for l in 0..D {
+                    values[l] = E::load::<S>(v.add(c * width + d + l * S::LANES));
+                }
+                for j in 0..Q {
+                    let weight = S::splat(*weights.add((i + j) * BLOCK + c));
+                    for l in 0..D {
+                        sums[j][l] = values[l].mul_add(weight, sums[j][l]);
+                    }
+                }
+            }
+            for j in 0..Q {
+                for l in 0..D {
+                    sums[j][l].store(out.add((i + j) * width + d + l * S::LANES));
+                }
+            }
+            d += D * S::LANES;
+        }
+    }
+    d
+}
+
 /// Writes an instruction set's `table()`: for each kernel a safe function that checks the shapes,
 /// and behind it the generic body with the features enabled. `table` must be the only way in,
 /// and must have detected all of `$features`.
@@ -340,6 +566,7 @@ macro_rules! kernel_table {
         pub fn table() -> Option<KernelTable> {
             $detected.then_some(KernelTable {
                 isa: $isa,
+                rows: ROW_OPS,
                 dot,
                 dot_f16,
                 axpy,
@@ -348,8 +575,11 @@ macro_rules! kernel_table {
                 matmul_tile,
                 delta_step,
                 delta_advance,
+                attend_block,
             })
         }
+
+        crate::row_ops::row_ops!($features);
 
         kernel_table!(@kernel $features, dot(a: &[f32], b: &[f32]) -> f32,
             assert_eq!(a.len(), b.len()), simd::dot::<$vector, f32>(a, b));
@@ -371,6 +601,8 @@ macro_rules! kernel_table {
         kernel_table!(@kernel $features,
             delta_advance(state: &mut [f32], token: &DeltaToken<'_>) -> (),
             token.check_state(state), simd::delta::<$vector, false>(state, token, &[], &mut []));
+        kernel_table!(@kernel $features, attend_block(call: &mut BlockCall<'_>) -> (),
+            call.check(), simd::attend_block::<$vector>(call));
     };
     (@kernel $features:literal, $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty, $check:expr, $body:expr) => {
         fn $name($($arg: $ty),*) -> $ret {

@@ -5,7 +5,9 @@
 //! table is chosen once and handed down. The environment variable `PACELINE_ISA` forces one:
 //! tests run on each, and a bug report can say whether `scalar` agrees.
 
+use crate::attention::BlockCall;
 use crate::delta::DeltaToken;
+use crate::row_ops::RowOps;
 use half::f16;
 use std::sync::OnceLock;
 
@@ -30,6 +32,8 @@ const KNOWN: &[fn() -> Option<KernelTable>] = &[
 pub struct KernelTable {
     /// The name that `PACELINE_ISA` takes.
     pub isa: &'static str,
+    /// What is plain Rust, compiled for this instruction set; the same bits in every table.
+    pub rows: RowOps,
     /// `Σ a[i]·b[i]`; equal lengths.
     pub dot: fn(a: &[f32], b: &[f32]) -> f32,
     /// `Σ a[i]·b[i]` with half-precision `b`, widened before the product; equal lengths.
@@ -46,6 +50,8 @@ pub struct KernelTable {
     pub delta_step: fn(state: &mut [f32], token: &DeltaToken<'_>, q: &[f32], out: &mut [f32]),
     /// The state after the same token, bit for bit, without the output.
     pub delta_advance: fn(state: &mut [f32], token: &DeltaToken<'_>),
+    /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
+    pub attend_block: fn(call: &mut BlockCall<'_>),
 }
 
 /// `x [n, n_in]` times weight rows `[m, n_in]` gives `out [n, m]`: see [`matmul`](crate::matmul).

@@ -321,6 +321,11 @@ impl Memory {
         self.find(seq).len
     }
 
+    /// True if `seq` is a fork that had no step yet.
+    pub fn rests(&self, seq: SeqId) -> bool {
+        !self.find(seq).is_awake
+    }
+
     /// True if `seq` has no committed cells.
     pub fn is_empty(&self, seq: SeqId) -> bool {
         self.len(seq) == 0

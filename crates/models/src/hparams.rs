@@ -19,7 +19,7 @@ pub struct Hparams {
     pub n_head_kv: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Width of the feed-forward layer.
+    /// Width of a dense feed-forward layer; 0 in a model of experts that names none.
     pub n_ff: usize,
     /// Added to the mean square in RMS norms.
     pub eps: f32,
@@ -94,7 +94,10 @@ impl Hparams {
             n_head,
             n_head_kv,
             head_dim,
-            n_ff: count("feed_forward_length")?,
+            n_ff: match meta.u32(&w.key("expert_count"))?.unwrap_or(0) {
+                0 => count("feed_forward_length")?,
+                _ => meta.u32(&w.key("feed_forward_length"))?.unwrap_or(0) as usize,
+            },
             eps: meta.require_f32(&w.key("attention.layer_norm_rms_epsilon"))?,
             n_rot,
             rope_base: meta.f32(&w.key("rope.freq_base"))?.unwrap_or(10_000.0),

@@ -12,6 +12,9 @@ mod llama;
 mod model;
 mod qwen3;
 mod qwen35;
+mod qwen35moe;
+mod qwen3moe;
+mod qwen3next;
 mod weights;
 
 pub use hparams::Hparams;
@@ -24,7 +27,8 @@ use paceline_backend::Backend;
 use paceline_gguf::Gguf;
 
 /// Every architecture; to add one, write its file and add its line.
-pub const ARCHS: &[Arch] = &[qwen35::ARCH, qwen3::ARCH, llama::ARCH];
+pub const ARCHS: &[Arch] =
+    &[qwen35::ARCH, qwen35moe::ARCH, qwen3next::ARCH, qwen3::ARCH, qwen3moe::ARCH, llama::ARCH];
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use paceline_backend::{Buf, Matrix, PlanBuilder, StateDecl};
 
-use crate::{Error, Hparams, Weights};
+use crate::{Error, Hparams, Weights, blocks::NextN};
 
 /// An architecture: its name in GGUF files and how it is loaded.
 pub struct Arch {
@@ -33,4 +33,8 @@ pub trait Model: Send + Sync {
     fn shared(&self) -> SharedWeights;
     /// Records tokens `[n]` -> logits `[n_out, n_vocab]`. Called once; the backend replays the result each step.
     fn record(&self, p: &mut PlanBuilder<'_>) -> Buf;
+    /// The prediction head in the model's own file, whose weights are `w`, if there is one and it is wanted.
+    fn prediction_head(&self, _w: &Weights) -> Result<Option<NextN>, Error> {
+        Ok(None)
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, sync::Arc};
 
-use paceline_backend::{Backend, Matrix, Vector, WeightId, WeightSource};
+use paceline_backend::{Backend, Experts, Matrix, Vector, WeightId, WeightSource};
 use paceline_gguf::{Gguf, Metadata, TensorInfo};
 
 use crate::Error;
@@ -59,6 +59,20 @@ impl Weights {
             return Err(self.shape(tensor, format!("[{n_in}, {n_out}]"), meaning));
         }
         Ok(Matrix { id: self.upload(tensor)?, n_in, n_out })
+    }
+
+    /// The matrices of all experts, `name` of shape `[n_in, n_out, n_expert]`.
+    pub fn experts(
+        &self,
+        name: &str,
+        [n_in, n_out, n_expert]: [usize; 3],
+        meaning: &str,
+    ) -> Result<Experts, Error> {
+        let tensor = self.file.require_tensor(name)?;
+        if tensor.shape != [n_in, n_out, n_expert].map(|n| n as u64) {
+            return Err(self.shape(tensor, format!("[{n_in}, {n_out}, {n_expert}]"), meaning));
+        }
+        Ok(Experts { id: self.upload(tensor)?, n_in, n_out, n_expert })
     }
 
     /// The vector `name` of `len` values.

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, Step, StepOut, cpu::CpuBackend};
+use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, Step, StepOut, Tap, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -29,11 +29,11 @@ impl Rig {
         let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
         let model = paceline_models::load(&file, &backend).unwrap();
         let n_layer = model.hparams().n_layer;
-        let taps: Vec<usize> = (0..n_layer).collect();
+        let taps: Vec<Tap> = (0..n_layer).map(Tap::Layer).collect();
         let mut p = PlanBuilder::new(&taps);
         let logits = model.record(&mut p);
         let plan = Arc::new(p.finish(Some(logits)));
-        let config = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+        let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 16 };
         let states = backend.alloc_states(model.states(), config).unwrap();
         let exec = backend.compile(plan, &states).unwrap();
         Rig { exec, memory: Memory::new(states, 4096), n_layer, out: StepOut::default() }
@@ -154,6 +154,21 @@ fn qwen35_tied() {
 #[test]
 fn qwen3() {
     check("qwen3", 5e-4);
+}
+
+#[test]
+fn qwen35moe() {
+    check("qwen35moe", 5e-4);
+}
+
+#[test]
+fn qwen3next() {
+    check("qwen3next", 5e-4);
+}
+
+#[test]
+fn qwen3moe() {
+    check("qwen3moe", 5e-4);
 }
 
 #[test]

@@ -398,10 +398,11 @@ impl EngineThread {
             let usage = engine.usage();
             (status.memory_bytes, status.n_page, status.n_page_max) =
                 (usage.bytes, usage.n_page, usage.n_page_max);
-            status.drafter = engine.drafter().map(|drafter| DrafterStatus {
-                name: drafter.name(),
-                state_bytes: drafter.state_bytes() - drafter.resting_bytes(),
-            });
+            let drafters = engine.drafters();
+            let names: Vec<&str> = drafters.iter().map(|drafter| drafter.name()).collect();
+            let awake = drafters.iter().map(|drafter| drafter.state_bytes() - drafter.resting_bytes());
+            status.drafter = (!names.is_empty())
+                .then(|| DrafterStatus { name: names.join(","), state_bytes: awake.sum() });
         }
         status
     }
@@ -409,14 +410,11 @@ impl EngineThread {
 
 /// One line per answer; a drafter that is loaded but of no use is worth a warning.
 fn log_done(id: RequestId, stats: &Stats, timings: &Timings) {
-    match &stats.speculation {
-        SpeculationNote::Faulted(reason) => {
-            tracing::warn!(request = id.0, %reason, "the drafter's output was unusable: this request went on without");
-        }
-        SpeculationNote::Useless => {
-            tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
-        }
-        _ => {}
+    for (drafter, reason) in &stats.dropped {
+        tracing::warn!(request = id.0, drafter, %reason, "the drafter's output was unusable: this request went on without");
+    }
+    if stats.speculation == SpeculationNote::Useless {
+        tracing::warn!(request = id.0, n_draft = stats.n_draft, "not one drafted token was accepted");
     }
     tracing::info!(
         request = id.0,

@@ -139,10 +139,11 @@ pub(crate) struct Totals {
     pub n_restart: u64,
 }
 
-/// The drafter as status pages show it.
+/// The drafters as status pages show them.
 #[derive(Clone, Debug)]
 pub(crate) struct DrafterStatus {
-    pub name: &'static str,
+    /// Their names, separated by commas.
+    pub name: String,
     pub state_bytes: usize,
 }
 
@@ -176,8 +177,8 @@ pub(crate) struct Runner {
     health: Arc<watch::Sender<Health>>,
     next_id: AtomicU64,
     pub config: EngineConfig,
-    /// The drafter's name and contract line, if there is one.
-    pub drafter: Option<(&'static str, String)>,
+    /// The drafters' names and contract lines, if there are any.
+    pub drafter: Option<(String, String)>,
 }
 
 /// Commands that may wait for a step to end. Requests beyond the engine's own queue are refused by the engine, so
@@ -193,7 +194,10 @@ impl Runner {
         let thread_health = health.clone();
         thread::Builder::new().name("engine".into()).spawn(move || match guarded(&mut factory) {
             Ok(engine) => {
-                let drafter = engine.drafter().map(|d| (d.name(), d.contract()));
+                let drafters = engine.drafters();
+                let names: Vec<&str> = drafters.iter().map(|d| d.name()).collect();
+                let contracts: Vec<String> = drafters.iter().map(|d| d.contract()).collect();
+                let drafter = (!names.is_empty()).then(|| (names.join(","), contracts.join("\n")));
                 let started = ready.send(Ok((*engine.config(), drafter))).is_ok();
                 thread_health.send_replace(Health::Ok);
                 if started {

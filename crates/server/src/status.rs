@@ -320,7 +320,7 @@ fn exposition(status: &EngineStatus, is_well: bool) -> String {
     }
     let name = "paceline:drafter_active";
     let _ = writeln!(out, "# HELP {name} 1 for the drafter in use.\n# TYPE {name} gauge");
-    let kind = status.drafter.as_ref().map_or("none", |drafter| drafter.name);
+    let kind = status.drafter.as_ref().map_or("none", |drafter| &drafter.name);
     let _ = writeln!(out, "{name}{{type=\"{kind}\"}} {}", u8::from(status.drafter.is_some()));
     out
 }

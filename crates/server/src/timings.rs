@@ -70,11 +70,21 @@ pub(crate) fn speculative(stats: &Stats) -> Value {
         SpeculationNote::Useless => {
             ("useless", Some(format!("{} tokens drafted, none accepted", stats.n_draft)))
         }
+        SpeculationNote::Resting => {
+            ("resting", Some("drafting costs more than it gains at present".to_string()))
+        }
     };
     let mut object = Map::new();
     object.insert("state".into(), state.into());
     if let Some(reason) = reason {
         object.insert("reason".into(), reason.into());
+    }
+    if let Some(drafter) = stats.drafter {
+        object.insert("drafter".into(), drafter.into());
+    }
+    if !stats.dropped.is_empty() {
+        let dropped = stats.dropped.iter().map(|(name, why)| json!({"drafter": name, "reason": why}));
+        object.insert("dropped".into(), dropped.collect());
     }
     object.insert("n_verify".into(), stats.n_verify.into());
     object.insert("accept_len".into(), stats.accept_len().into());

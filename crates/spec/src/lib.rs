@@ -11,11 +11,17 @@
 
 mod dflash;
 mod drafter;
+mod mtp;
+mod ngram;
 mod registry;
+mod small;
+mod taps;
 mod verify;
 
 pub use drafter::{Draft, DraftRequest, Drafter, Kept};
-pub use registry::{DRAFTERS, DrafterKind, LoadDrafter, LoadError, load};
+pub use ngram::Ngram;
+pub use registry::{DRAFTERS, DrafterKind, KindError, LoadDrafter, LoadError, Origin, kind, kind_of, load};
+pub use taps::TapUnion;
 pub use verify::{Verdict, verify};
 
 pub use paceline_memory::SeqId;

@@ -114,8 +114,15 @@ impl Drafter for Scripted {
         Some(self.committed.get(&seq)?.iter().flat_map(|token| token.to_le_bytes()).collect())
     }
 
-    fn import(&mut self, seq: SeqId, bytes: &[u8]) -> Result<(), String> {
+    fn forks_anywhere(&self) -> bool {
+        self.forks == Forks::Anywhere
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
         let (tokens, []) = bytes.as_chunks() else { return Err("half a token".to_string()) };
+        if tokens.len() != len {
+            return Err(format!("{} tokens of {len}", tokens.len()));
+        }
         self.committed.insert(seq, tokens.iter().map(|&token| Token::from_le_bytes(token)).collect());
         self.resting.insert(seq);
         Ok(())

@@ -5,8 +5,8 @@ use paceline_gguf::GgmlType;
 use paceline_kernels::formats::FORMATS;
 
 use crate::{
-    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, Pairing, PlanBuilder, RopeSpec, StateConfig,
-    StateDecl, StateId,
+    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, Pairing, PlanBuilder, RopeSpec,
+    RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
 };
 
 use super::{
@@ -29,17 +29,26 @@ const DIM: usize = 8;
 const CHANNELS: usize = (2 * N_HEAD_K + N_HEAD_V) * DIM;
 /// Wide enough for a wave that is worth sharing.
 const FF: usize = 515;
+const N_EXPERT: usize = 9;
+const N_USED: usize = 3;
+/// A whole block of every format.
+const FF_EXPERT: usize = 256;
 
 /// Checks that all `backends` agree in every bit, with each other and however rows are cut into steps, for every
 /// op and tensor format. Panics at the first difference.
 pub fn check_bits(backends: &[&dyn Backend]) {
     let mut random = Random::new(3);
     for (i, format) in FORMATS.iter().enumerate() {
-        let kv_type = [KvType::F32, KvType::F16][i % 2];
+        // Heads that are no whole blocks allow plain floats only.
+        let ty = |i: usize| [KvType::F32, KvType::F16, KvType::Bf16][i % 3];
+        let kv = KvTypes { k: ty(i), v: ty(i / 3) };
         let page_len = [4, 16, 5][i % 3];
-        cuts(backends, &mut random, format.ty, kv_type, page_len);
+        cuts(backends, &mut random, format.ty, kv, page_len);
     }
     blocks(backends, &mut random);
+    for (i, k) in KvType::ALL.into_iter().enumerate() {
+        long(backends, &mut random, KvTypes { k, v: KvType::ALL[7 - i] });
+    }
 }
 
 /// A row is what its sequence and position say.
@@ -90,6 +99,16 @@ fn record(p: &mut PlanBuilder<'_>, w: &Weights) -> Buf {
     let h = p.silu_mul(gate, up);
     let h = p.matmul(h, &w.matrix(20));
     let x = p.add(x, h);
+    let logits = p.matmul(x, &w.matrix(21));
+    let spec = RouterSpec { n_used: N_USED, score: RouterScore::Softmax, normalise: true, scale: 1.0 };
+    let routes = p.router(logits, spec);
+    let [gate, up] = [22, 23].map(|i| p.expert_matmul(x, routes, &w.experts(i, N_EXPERT)));
+    let h = p.silu_mul(gate, up);
+    let h = p.expert_matmul(h, routes, &w.experts(24, N_EXPERT));
+    let h = p.weighted_sum(h, routes);
+    let shared = p.matmul(x, &w.matrix(25));
+    let h = p.sigmoid_mul(h, shared);
+    let x = p.add(x, h);
     p.tap(1, x);
     let x = p.select_outputs(x);
     p.matmul(x, &w.matrix(0))
@@ -126,6 +145,11 @@ fn tensors(random: &mut Random, ty: GgmlType) -> Vec<Tensor> {
         matrix([n_embd, FF], ty),
         matrix([n_embd, FF], ty),
         matrix([FF, n_embd], f32),
+        matrix([n_embd, N_EXPERT], f32),
+        matrix([n_embd, N_EXPERT * FF_EXPERT], ty),
+        matrix([n_embd, N_EXPERT * FF_EXPERT], ty),
+        matrix([FF_EXPERT, N_EXPERT * n_embd], ty),
+        matrix([n_embd, 1], f32),
     ]
 }
 
@@ -138,14 +162,14 @@ fn states() -> Vec<StateDecl> {
 }
 
 /// Every sequence alone, a row at a time and never guessing, against random cuts of all of them together.
-fn cuts(backends: &[&dyn Backend], random: &mut Random, ty: GgmlType, kv_type: KvType, page_len: usize) {
+fn cuts(backends: &[&dyn Backend], random: &mut Random, ty: GgmlType, kv: KvTypes, page_len: usize) {
     let name = format!("a hybrid in {}", ty.name());
     let rig = || {
         let setup = Setup {
             name: name.clone(),
             tensors: tensors(&mut Random::new(4), ty),
             states: states(),
-            config: StateConfig { page_len, kv_type, n_tentative_max: 16 },
+            config: StateConfig { page_len, kv, n_tentative_max: 16 },
             plans: vec![&record],
             taps: &[0, 1],
         };
@@ -239,7 +263,7 @@ fn blocks(backends: &[&dyn Backend], random: &mut Random) {
         name: "blocks".into(),
         tensors: vec![Tensor::vector(vec![0.0])],
         states: vec![StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD }],
-        config: StateConfig { page_len: 4, kv_type: KvType::F16, n_tentative_max: 16 },
+        config: StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 16 },
         plans: vec![&record],
         taps: &[],
     };
@@ -264,5 +288,52 @@ fn blocks(backends: &[&dyn Backend], random: &mut Random) {
         let got = rig.step(0, &order.map(part));
         let want: Vec<Vec<f32>> = order.into_iter().flat_map(|s| alone[s].clone()).collect();
         assert!(got == want, "blocks differ in the order {order:?}");
+    }
+}
+
+/// Contexts of several spans, which threads share where heads are few: a row at a time, and as drafts of many rows.
+fn long(backends: &[&dyn Backend], random: &mut Random, kv: KvTypes) {
+    const HEAD: usize = 32;
+    const WIDTH: usize = 4 * HEAD;
+    const N_PAST: usize = 2300;
+    let record = move |p: &mut PlanBuilder<'_>, _: &Weights| {
+        let x = p.input(WIDTH);
+        let (k, v) = (p.columns(x, WIDTH, 2 * HEAD, HEAD), p.columns(x, WIDTH, 3 * HEAD, HEAD));
+        p.kv_append(StateId(0), k, v);
+        let q = p.columns(x, WIDTH, 0, 2 * HEAD);
+        let (state, n_head, scale, mask) = (StateId(0), 2, 0.3, BlockMask::Causal);
+        let mut attend = |window| {
+            p.attention(|dst| AttentionOp { state, q, dst, n_head, scale, mask, window, sinks: None })
+        };
+        let (wide, narrow) = (attend(None), attend(Some(1500)));
+        p.add(wide, narrow)
+    };
+    let setup = Setup {
+        name: format!("long contexts of {kv}"),
+        tensors: vec![Tensor::vector(vec![0.0])],
+        states: vec![StateDecl::Kv { n_head: 1, head_dim: HEAD }],
+        config: StateConfig { page_len: 64, kv, n_tentative_max: 16 },
+        plans: vec![&record],
+        taps: &[],
+    };
+    let mut rig = Rig::new(backends, Agree::Bits, setup).unwrap_or_else(|error| panic!("long: {error}"));
+    let mut rows = |n: usize| -> Vec<Row> {
+        (0..n).map(|_| Row { input: random.values(WIDTH, 1.0), ..Row::default() }).collect()
+    };
+    let (prompt, draft) = (rows(N_PAST), rows(9));
+    let mut seq = rig.sequence();
+    for chunk in prompt.chunks(512) {
+        rig.reserve(&mut seq, chunk.len());
+        rig.step(0, &[Part { seq: &seq, rows: chunk.to_vec(), n_certain: chunk.len() }]);
+        rig.commit(&mut seq, chunk.len(), chunk.len());
+    }
+    rig.reserve(&mut seq, draft.len());
+    let together = rig.step(0, &[Part { seq: &seq, rows: draft.clone(), n_certain: 1 }]);
+    rig.commit(&mut seq, 0, 0);
+    for (i, row) in draft.into_iter().enumerate() {
+        rig.reserve(&mut seq, 1);
+        let alone = rig.step(0, &[Part { seq: &seq, rows: vec![row], n_certain: 1 }]);
+        assert!(alone[0] == together[i], "row {i} of a long context of {kv}");
+        rig.commit(&mut seq, 1, 1);
     }
 }

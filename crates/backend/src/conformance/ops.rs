@@ -3,7 +3,7 @@
 use paceline_gguf::GgmlType;
 use paceline_kernels::formats::FORMATS;
 
-use crate::{Backend, Error, Pairing, PlanBuilder, RopeSpec, StateConfig};
+use crate::{Backend, Buf, Error, Pairing, PlanBuilder, RopeSpec, RouterScore, RouterSpec, StateConfig};
 
 use super::{
     Report, Tolerance,
@@ -98,6 +98,20 @@ fn format_cases(random: &mut Random, ty: GgmlType, tolerance: Tolerance) -> Vec<
     cases.push(case(&format!("embed {name}, scaled"), 0, table(random), tolerance.other, &|p, w| {
         p.embed(&w.matrix(0), 11.3)
     }));
+    let wide = 2 * width;
+    let halves = vec![Tensor::random(random, [wide, 67], ty, 1.0)];
+    let agree = match block {
+        1 => Agree::within(tolerance.other),
+        _ => Agree::Within { tolerance: tolerance.matmul, size: (wide as f64).sqrt() / 3.0 },
+    };
+    let halves = case(&format!("matmul {name} of rows side by side"), wide, halves, 0.0, &|p, w| {
+        let x = p.input(w.matrix(0).n_in);
+        let half = w.matrix(0).n_in / 2;
+        let (a, b) = (p.columns(x, 2 * half, 0, half), p.columns(x, 2 * half, half, half));
+        let x = p.concat(&[b, a]);
+        p.matmul(x, &w.matrix(0))
+    });
+    cases.push(Case { agree, ..halves });
     let widths = if block == 1 { [1, 77, 300] } else { [block, 2 * block, 3 * block] };
     for (n_in, n_out) in [(widths[0], 1), (widths[1], 5), (widths[2], 67), (widths[1], 259)] {
         let tensors = |random: &mut Random| {
@@ -119,7 +133,48 @@ fn format_cases(random: &mut Random, ty: GgmlType, tolerance: Tolerance) -> Vec<
         });
         cases.extend([plain, with_bias].map(|case| Case { agree, ..case }));
     }
+    // Experts that several rows choose, one, none; outputs of less than a group, of some, of some and a part.
+    macro_rules! experts {
+        ($n_expert:literal, $n_used:literal, $n_out:literal) => {{
+            const N_EXPERT: usize = $n_expert;
+            const N_USED: usize = $n_used;
+            let n_in = widths[1];
+            let tensors =
+                |random: &mut Random| vec![Tensor::random(random, [n_in, N_EXPERT * $n_out], ty, 1.0)];
+            let agree = match block {
+                1 => Agree::within(tolerance.other),
+                _ => Agree::Within { tolerance: tolerance.matmul, size: (n_in as f64).sqrt() / 3.0 },
+            };
+            let name = format!("expert_matmul {name} {N_USED} of {N_EXPERT} experts [{n_in}, {}]", $n_out);
+            let shared = case(&name, N_EXPERT + n_in, tensors(random), 0.0, &|p, w| {
+                expert_matmul(p, w, N_EXPERT, N_USED, false)
+            });
+            let name = format!("{name}, an input a slot");
+            let own = case(&name, N_EXPERT + N_USED * n_in, tensors(random), 0.0, &|p, w| {
+                expert_matmul(p, w, N_EXPERT, N_USED, true)
+            });
+            cases.extend([shared, own].map(|case| Case { agree, ..case }));
+        }};
+    }
+    experts!(4, 1, 7);
+    experts!(5, 3, 64);
+    experts!(40, 8, 33);
     cases
+}
+
+/// Rows of logits and then the inputs of a product with experts.
+fn expert_matmul(p: &mut PlanBuilder<'_>, w: &Weights, n_expert: usize, n_used: usize, own: bool) -> Buf {
+    let experts = w.experts(0, n_expert);
+    let n_x = if own { n_used * experts.n_in } else { experts.n_in };
+    let width = n_expert + n_x;
+    let row = p.input(width);
+    let (logits, x) = (p.columns(row, width, 0, n_expert), p.columns(row, width, n_expert, n_x));
+    let routes = p.router(logits, router(n_used));
+    p.expert_matmul(x, routes, &experts)
+}
+
+fn router(n_used: usize) -> RouterSpec {
+    RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 }
 }
 
 /// Ops that handle each row by itself.
@@ -209,6 +264,39 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
     }
     run(
         random,
+        case("sigmoid_mul, one gate a row", 78, vec![], tolerance, &|p, _| {
+            let x = p.input(78);
+            let (x, gate) = (p.columns(x, 78, 0, 77), p.columns(x, 78, 77, 1));
+            p.sigmoid_mul(x, gate)
+        }),
+    );
+    for (score, normalise, scale) in [
+        (RouterScore::Softmax, true, 1.0),
+        (RouterScore::Softmax, false, 2.5),
+        (RouterScore::Sigmoid, true, 1.0),
+        (RouterScore::Sigmoid, false, 0.5),
+    ] {
+        for (size, ids) in [(0.01, false), (3.0, false), (3.0, true), (60.0, false)] {
+            let record = move |p: &mut PlanBuilder<'_>, _: &Weights| {
+                let x = p.input(37);
+                let routes = p.router(x, RouterSpec { n_used: 5, score, normalise, scale });
+                if ids { routes.ids } else { routes.weights }
+            };
+            let name = format!("router {score:?}, normalise {normalise}, scale {scale}");
+            run(random, Case { size, ..case(&name, 37, vec![], tolerance, &record) });
+        }
+    }
+    run(
+        random,
+        case("weighted_sum", 40 + 8 * 33, vec![], tolerance, &|p, _| {
+            let x = p.input(40 + 8 * 33);
+            let (logits, x) = (p.columns(x, 304, 0, 40), p.columns(x, 304, 40, 8 * 33));
+            let routes = p.router(logits, router(8));
+            p.weighted_sum(x, routes)
+        }),
+    );
+    run(
+        random,
         case("add", 2 * 4099, vec![], tolerance, &|p, _| {
             let x = p.input(2 * 4099);
             let (a, b) = (p.columns(x, 2 * 4099, 0, 4099), p.columns(x, 2 * 4099, 4099, 4099));
@@ -220,6 +308,14 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
         case("columns", 77, vec![], tolerance, &|p, _| {
             let x = p.input(77);
             p.columns(x, 11, 4, 3)
+        }),
+    );
+    run(
+        random,
+        case("concat", 77, vec![], tolerance, &|p, _| {
+            let x = p.input(77);
+            let [a, b] = [(0, 3), (5, 2)].map(|(first, len)| p.columns(x, 7, first, len));
+            p.concat(&[a, b, a])
         }),
     );
     run(

@@ -6,8 +6,8 @@ use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
 use paceline_kernels::formats::quantize_rows;
 
 use crate::{
-    Backend, Buf, Error, Exec, Lane, Matrix, PageId, PlanBuilder, SavedId, SlotId, StateConfig, StateDecl,
-    States, Step, StepOut, Vector, WeightId, WeightSource,
+    Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageId, PlanBuilder, SavedId, SlotId, StateConfig,
+    StateDecl, States, Step, StepOut, Tap, Vector, WeightId, WeightSource,
 };
 
 use super::random::Random;
@@ -50,6 +50,12 @@ impl Weights {
 
     pub fn matrix(&self, i: usize) -> Matrix {
         self.0[i]
+    }
+
+    /// The tensor as the matrices of some experts, one behind the other.
+    pub fn experts(&self, i: usize, n_expert: usize) -> Experts {
+        let Matrix { id, n_in, n_out } = self.0[i];
+        Experts { id, n_in, n_out: n_out / n_expert, n_expert }
     }
 
     pub fn vector(&self, i: usize) -> Vector {
@@ -141,7 +147,8 @@ impl Rig {
             let weights = Weights::upload(*backend, &file)?;
             let states = backend.alloc_states(&setup.states, setup.config)?;
             let compile = |record: &Record<'_>| {
-                let mut p = PlanBuilder::new(setup.taps);
+                let taps: Vec<Tap> = setup.taps.iter().map(|&il| Tap::Layer(il)).collect();
+                let mut p = PlanBuilder::new(&taps);
                 let output = record(&mut p, &weights);
                 backend.compile(Arc::new(p.finish(Some(output))), &states)
             };

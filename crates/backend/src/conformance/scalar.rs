@@ -11,12 +11,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
-use paceline_kernels::{f16, formats};
+use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, Error, Exec, HeadMap, KvType, Lane, Op, PageId, Pairing, Plan,
-    PlanWork, RopeSpec, Rows, SavedId, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut,
-    WeightId, WeightSource,
+    PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId, StateConfig, StateDecl, StateId,
+    States, Step, StepOut, WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -57,6 +57,7 @@ impl Backend for ScalarBackend {
     }
 
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error> {
+        decls.iter().try_for_each(|decl| decl.check_kv(config.kv))?;
         Ok(Arc::new(ScalarStates { decls: decls.to_vec(), config, inner: Arc::default() }))
     }
 
@@ -71,6 +72,7 @@ impl Backend for ScalarBackend {
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner);
         let mut work = PlanWork::default();
         for op in &plan.ops {
+            // Experts are not counted here: how many a step reads is no matter of the plan.
             let Op::MatMul { weight, dst, .. } = op else { continue };
             let n: usize = weights[weight.0 as usize].iter().map(Vec::len).sum();
             work.weight_bytes += (n * size_of::<f64>()) as u64;
@@ -296,6 +298,31 @@ impl ScalarExec {
                 };
                 (dst, all(src).iter().map(product).collect())
             }
+            Op::Router { logits, spec, ids, weights } => {
+                let chosen: Vec<Vec<(usize, f64)>> = all(logits).iter().map(|x| route(x, spec)).collect();
+                let row = |row: &Vec<(usize, f64)>| row.iter().map(|(expert, _)| *expert as f64).collect();
+                second = Some((ids, chosen.iter().map(row).collect()));
+                (weights, chosen.iter().map(|row| row.iter().map(|(_, w)| *w).collect()).collect())
+            }
+            Op::ExpertMatMul { weight, n_expert, n_in, ids, src, dst } => {
+                let w = self.weight(*weight);
+                let n_out = w.len() / n_expert;
+                let row = |(x, ids): (&Vec<f64>, &Vec<f64>)| -> Vec<f64> {
+                    let slots = ids.iter().enumerate().map(|(slot, id)| {
+                        let x = if x.len() == *n_in { x } else { &x[slot * n_in..(slot + 1) * n_in] };
+                        w[*id as usize * n_out..][..n_out].iter().map(|w| dot(w, x)).collect::<Vec<f64>>()
+                    });
+                    slots.collect::<Vec<_>>().concat()
+                };
+                (dst, all(src).iter().zip(&all(ids)).map(row).collect())
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                let n = self.plan.width(*dst);
+                let row = |(x, w): (&Vec<f64>, &Vec<f64>)| -> Vec<f64> {
+                    (0..n).map(|i| w.iter().enumerate().map(|(slot, w)| w * x[slot * n + i]).sum()).collect()
+                };
+                (dst, all(src).iter().zip(&all(weights)).map(row).collect())
+            }
             Op::RmsNorm { src, weight, dst, eps, group } => {
                 let w = weight.map_or(vec![1.0; *group], |w| self.vector(w));
                 (dst, groups(src, *group, &|x| rms_norm(x, &w, *eps)))
@@ -316,19 +343,29 @@ impl ScalarExec {
                 (dst, rows)
             }
             Op::KvAppend { state, k, v } => {
-                let stored = |x: &f64| match self.config.kv_type {
-                    KvType::F32 => f64::from(*x as f32),
-                    KvType::F16 => f16::from_f64(*x).to_f64(),
+                let StateDecl::Kv { head_dim, .. } = self.decls[state.0 as usize] else {
+                    panic!("keys and values for {:?}", self.decls[state.0 as usize])
                 };
+                // Head by head to the type and back.
+                let stored = |row: &[f64], ty: KvType| -> Vec<f64> {
+                    let heads = row.chunks_exact(head_dim).flat_map(|head| {
+                        let head: Vec<f32> = head.iter().map(|x| *x as f32).collect();
+                        let mut bytes = KvBytes::new(ty.row_bytes(head_dim));
+                        let bytes = &mut bytes.bytes_mut()[..ty.row_bytes(head_dim)];
+                        ty.write(&head, bytes);
+                        let mut back = vec![0.0; head_dim];
+                        ty.read(bytes, &mut back);
+                        back
+                    });
+                    heads.map(f64::from).collect()
+                };
+                let types = self.config.kv;
                 let (k, v) = (all(k), all(v));
                 for lane in step.lanes {
                     for (i, row) in lane.rows.clone().enumerate() {
                         let (page, cell) = self.place(lane, lane.n_past + i);
                         let page = inner.pages.get_mut(&page).expect("a page with storage");
-                        page.insert(
-                            (*state, cell),
-                            [&k[row], &v[row]].map(|x| x.iter().map(stored).collect()),
-                        );
+                        page.insert((*state, cell), [stored(&k[row], types.k), stored(&v[row], types.v)]);
                     }
                 }
                 return;
@@ -382,7 +419,11 @@ impl ScalarExec {
             }
             Op::SiluMul { gate, up, dst } => (dst, zip(&all(gate), &all(up), |gate, up| silu(gate) * up)),
             Op::SigmoidMul { src, gate, dst } => {
-                (dst, zip(&all(src), &all(gate), |x, gate| x * sigmoid(gate)))
+                let (x, mut gate) = (all(src), all(gate));
+                if self.plan.width(*dst) != gate.first().map_or(0, Vec::len) {
+                    gate.iter_mut().for_each(|gate| *gate = vec![gate[0]; self.plan.width(*dst)]);
+                }
+                (dst, zip(&x, &gate, |x, gate| x * sigmoid(gate)))
             }
             Op::Add { a, b, dst } => (dst, zip(&all(a), &all(b), |a, b| a + b)),
             Op::Columns { src, dst, group, offset, len } => {
@@ -555,6 +596,24 @@ fn rotate(head: &mut [f64], position: u32, rope: &RopeSpec, factors: Option<&[f6
         head[a] = x * angle.cos() - y * angle.sin();
         head[b] = x * angle.sin() + y * angle.cos();
     }
+}
+
+/// The chosen experts and their weights.
+fn route(logits: &[f64], spec: &RouterSpec) -> Vec<(usize, f64)> {
+    let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logits.iter().map(|x| (x - max).exp()).sum();
+    let score = |x: &f64| match spec.score {
+        RouterScore::Softmax => (x - max).exp() / sum,
+        RouterScore::Sigmoid => sigmoid(*x),
+    };
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    // Stable: of equal logits the lower number stays first.
+    order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).expect("logits that are numbers"));
+    let mut ranked: Vec<(usize, f64)> =
+        order[..spec.n_used].iter().map(|&expert| (expert, score(&logits[expert]))).collect();
+    let total = if spec.normalise { ranked.iter().map(|(_, w)| w).sum() } else { 1.0 };
+    ranked.iter_mut().for_each(|(_, w)| *w *= f64::from(spec.scale) / total);
+    ranked
 }
 
 fn rms_norm(x: &[f64], w: &[f64], eps: f32) -> Vec<f64> {

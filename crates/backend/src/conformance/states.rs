@@ -7,7 +7,8 @@
 use paceline_gguf::GgmlType;
 
 use crate::{
-    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, PlanBuilder, StateConfig, StateDecl, StateId,
+    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, PlanBuilder, StateConfig, StateDecl,
+    StateId,
 };
 
 use super::{
@@ -114,7 +115,7 @@ struct AttentionCase {
     mask: BlockMask,
     window: Option<usize>,
     sinks: bool,
-    kv_type: KvType,
+    kv: KvTypes,
     page_len: usize,
 }
 
@@ -123,7 +124,7 @@ fn attention_cases(random: &mut Random) -> Vec<AttentionCase> {
     for (n_head, n_head_kv, head_dim) in [(1, 1, 4), (4, 2, 10), (6, 2, 33), (10, 1, 8)] {
         for mask in [BlockMask::Causal, BlockMask::Full] {
             for window in [None, Some(1), Some(7)] {
-                for kv_type in [KvType::F32, KvType::F16] {
+                for kv in [KvType::F32, KvType::F16, KvType::Bf16].map(KvTypes::from) {
                     cases.push(AttentionCase {
                         n_head,
                         n_head_kv,
@@ -131,18 +132,33 @@ fn attention_cases(random: &mut Random) -> Vec<AttentionCase> {
                         mask,
                         window,
                         sinks: random.below(2) == 0,
-                        kv_type,
+                        kv,
                         page_len: [1, 4, 16][random.below(3)],
                     });
                 }
             }
         }
     }
+    // Heads of whole blocks, every type for keys and for values, beside another.
+    for (i, ty) in KvType::ALL.into_iter().enumerate() {
+        for kv in [KvTypes { k: ty, v: KvType::F16 }, KvTypes { k: KvType::ALL[(i + 3) % 8], v: ty }] {
+            cases.push(AttentionCase {
+                n_head: 6,
+                n_head_kv: 2,
+                head_dim: [32, 64, 96][i % 3],
+                mask: BlockMask::Causal,
+                window: None,
+                sinks: random.below(2) == 0,
+                kv,
+                page_len: [5, 16, 32][random.below(3)],
+            });
+        }
+    }
     cases
 }
 
 fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, case: &AttentionCase) {
-    let &AttentionCase { n_head, n_head_kv, head_dim, mask, window, sinks, kv_type, page_len } = case;
+    let &AttentionCase { n_head, n_head_kv, head_dim, mask, window, sinks, kv, page_len } = case;
     let (n_q, n_kv) = (n_head * head_dim, n_head_kv * head_dim);
     let width = n_q + 2 * n_kv;
     let record = move |p: &mut PlanBuilder<'_>, w: &Weights| {
@@ -169,11 +185,11 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
     };
     let setup = Setup {
         name: format!(
-            "attention {n_head}/{n_head_kv} heads of {head_dim}, {mask:?}, window {window:?}, {kv_type:?}"
+            "attention {n_head}/{n_head_kv} heads of {head_dim}, {mask:?}, window {window:?}, {kv}"
         ),
         tensors: vec![Tensor::vector(random.values(n_head, 3.0))],
         states: vec![StateDecl::Kv { n_head: n_head_kv, head_dim }; 2],
-        config: StateConfig { page_len, kv_type, n_tentative_max: N_TENTATIVE_MAX },
+        config: StateConfig { page_len, kv, n_tentative_max: N_TENTATIVE_MAX },
         plans: vec![&record],
         taps: &[],
     };
@@ -208,7 +224,7 @@ fn short_conv(
         name: format!("short_conv of {channels} channels, {width} taps"),
         tensors: std::iter::once(weight).chain((0..width).map(tap_weight)).collect(),
         states: vec![StateDecl::ConvTail { channels, width }],
-        config: StateConfig { page_len: 8, kv_type: KvType::F32, n_tentative_max: N_TENTATIVE_MAX },
+        config: StateConfig { page_len: 8, kv: KvType::F32.into(), n_tentative_max: N_TENTATIVE_MAX },
         plans: plans.iter().map(|plan| plan as _).collect(),
         taps: &[],
     };
@@ -242,7 +258,7 @@ fn delta_rule(
         tensors: vec![Tensor::vector(vec![0.0])],
         // Behind another state, so that its place in a slot matters.
         states: vec![StateDecl::ConvTail { channels: 3, width: 4 }, decl.clone()],
-        config: StateConfig { page_len: 8, kv_type: KvType::F32, n_tentative_max: N_TENTATIVE_MAX },
+        config: StateConfig { page_len: 8, kv: KvType::F32.into(), n_tentative_max: N_TENTATIVE_MAX },
         plans: vec![&record],
         taps: &[],
     };

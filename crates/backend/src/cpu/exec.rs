@@ -4,15 +4,18 @@ use std::{ops::Range, sync::Arc};
 
 use paceline_kernels::{
     KernelTable, SharedMut, Team,
+    kv::KvBytes,
     packed::{PackedTable, QuantRows, RowWriter},
 };
 
-use crate::{Buf, Exec, Op, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
+    moe::Groups,
     ops::{CpuOp, row_chunk},
     quant::{Store, Work, schedule},
-    states::{CpuStates, PageData},
+    ropes::Ropes,
+    states::CpuStates,
     weights::Weight,
 };
 
@@ -43,7 +46,10 @@ pub(super) struct CpuExec {
     /// What the stores hold, and the stores.
     shapes: Vec<Store>,
     stores: Vec<QuantRows>,
+    /// What each router of the plan chose.
+    groups: Vec<Groups>,
     share_from: Nanos,
+    ropes: Ropes,
     /// Lane of each row of the step.
     lane_of_row: Vec<u32>,
     /// For each task of a wave, the number of tiles up to its end.
@@ -57,6 +63,8 @@ struct Wave {
     tasks: Range<usize>,
     /// Stores that they fill, all different, in the order of the tasks.
     fills: Vec<usize>,
+    /// Choices of routers to group before they start.
+    groups: Vec<usize>,
 }
 
 /// A piece of a wave that falls into tiles.
@@ -78,6 +86,12 @@ impl Task {
         match &self.kind {
             Kind::Op(op) => op.n_tiles(cx, n_threads),
             Kind::Quantize(buf) => cx.n_rows(*buf).div_ceil(row_chunk(cx.plan.width(*buf))),
+        }
+    }
+
+    fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        if let Kind::Op(op) = &self.kind {
+            op.prepare(cx, n_threads);
         }
     }
 
@@ -110,12 +124,15 @@ pub(super) struct Cx<'a> {
     pub table: &'static KernelTable,
     pub packed: &'static PackedTable,
     pub page_len: usize,
-    pub pages: SharedMut<'a, Option<PageData>>,
+    pub kv: KvTypes,
+    pub pages: SharedMut<'a, Option<KvBytes>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
     pub lane_of_row: &'a [u32],
+    pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
+    groups: SharedMut<'a, Groups>,
 }
 
 impl Cx<'_> {
@@ -171,6 +188,32 @@ impl Cx<'_> {
         (&self.arenas[arena], self.plan.columns(buf).start * self.n_rows(buf))
     }
 
+    fn page_data(&self, id: u32) -> &KvBytes {
+        // SAFETY: pages come and go between steps only; nothing takes the list itself to write.
+        match unsafe { &self.pages.get(id as usize..id as usize + 1)[0] } {
+            Some(page) => page,
+            None => panic!("KV page {id} has no storage"),
+        }
+    }
+
+    /// Bytes of a page, to read.
+    ///
+    /// # Safety
+    /// No op of this wave writes pages.
+    pub unsafe fn page(&self, id: u32, bytes: Range<usize>) -> &[u8] {
+        &self.page_data(id).bytes()[bytes]
+    }
+
+    /// Bytes of a page, to write.
+    ///
+    /// # Safety
+    /// No op of this wave reads pages, and the caller is the one tile that writes these bytes.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn page_mut(&self, id: u32, bytes: Range<usize>) -> &mut [u8] {
+        // SAFETY: handed on to the caller.
+        unsafe { self.page_data(id).part_mut(bytes) }
+    }
+
     /// What a store holds.
     pub fn quantized(&self, store: usize) -> &QuantRows {
         // SAFETY: a store has no reader in the wave that fills it (asserted in `CpuExec::new`), and writers are gone when
@@ -178,14 +221,24 @@ impl Cx<'_> {
         unsafe { &self.stores.get(store..store + 1)[0] }
     }
 
-    /// Row `row` of `buf` into stores.
+    /// What a router chose.
+    pub fn groups(&self, router: usize) -> &Groups {
+        // SAFETY: written between waves, when nobody reads (`CpuExec::run`).
+        unsafe { &self.groups.get(router..router + 1)[0] }
+    }
+
+    /// Row `row` of `buf` into stores, in parts where a store's rows are narrower.
     ///
     /// # Safety
     /// Nothing else may write this row of these stores, or `buf`'s, at the same time.
     pub unsafe fn quantize(&self, writers: &[RowWriter<'_>], buf: Buf, row: usize) {
         for writer in writers {
-            // SAFETY: handed on to the caller.
-            unsafe { writer.quantize(self.packed, row, self.row(buf, row)) };
+            let parts = self.row(buf, row).chunks_exact(writer.n_in());
+            let first = row * parts.len();
+            for (part, x) in parts.enumerate() {
+                // SAFETY: handed on to the caller.
+                unsafe { writer.quantize(self.packed, first + part, x) };
+            }
         }
     }
 }
@@ -200,18 +253,24 @@ impl CpuExec {
         weight: impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuExec {
         let schedule = schedule(&plan, |i| match plan.ops[i] {
-            Op::MatMul { weight: id, .. } if packs => weight(id).packed().map(|matrix| matrix.grain()),
+            Op::MatMul { weight: id, .. } | Op::ExpertMatMul { weight: id, .. } if packs => {
+                weight(id).packed().map(|matrix| matrix.grain())
+            }
             _ => None,
         });
-        let (mut tasks, mut waves) = (Vec::new(), Vec::new());
+        let (mut tasks, mut waves, mut ropes) = (Vec::new(), Vec::new(), Ropes::default());
+        let mut groups: Vec<Groups> = Vec::new();
         for items in schedule.waves {
             let first = tasks.len();
             let (mut fills, mut reads) = (Vec::new(), Vec::new());
+            let n_grouped = groups.len();
             for item in items {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
-                        Kind::Op(CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &weight))
+                        let op =
+                            CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &mut ropes, &weight);
+                        Kind::Op(op.with_groups(&mut groups))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
                 };
@@ -221,7 +280,8 @@ impl CpuExec {
             }
             let alone = |i: usize| !fills[..i].contains(&fills[i]) && !reads.contains(&fills[i]);
             assert!((0..fills.len()).all(alone), "a wave fills stores {fills:?} and reads {reads:?}");
-            waves.push(Wave { tasks: first..tasks.len(), fills });
+            let groups = (n_grouped..groups.len()).collect();
+            waves.push(Wave { tasks: first..tasks.len(), fills, groups });
         }
         CpuExec {
             plan,
@@ -233,7 +293,9 @@ impl CpuExec {
             arenas: [Vec::new(), Vec::new()],
             stores: schedule.stores.iter().map(|_| QuantRows::new()).collect(),
             shapes: schedule.stores,
+            groups,
             share_from: SHARE_FROM,
+            ropes,
             lane_of_row: Vec::new(),
             ends: Vec::new(),
             writers: Vec::new(),
@@ -263,8 +325,9 @@ impl Exec for CpuExec {
         }
         for (store, shape) in self.stores.iter_mut().zip(&self.shapes) {
             let n = [step.n_rows(), step.outputs.len()][shape.rows as usize];
-            store.reset(shape.grain, n, shape.width);
+            store.reset(shape.grain, n * shape.parts, shape.width);
         }
+        self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
         let inner = &mut *inner;
         self.lane_of_row.resize(step.n_rows(), 0);
@@ -287,17 +350,25 @@ impl Exec for CpuExec {
             table: self.kernels.table,
             packed: self.kernels.packed,
             page_len: config.page_len,
+            kv: config.kv,
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
             lane_of_row: &self.lane_of_row,
+            ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             stores: SharedMut::new(&mut self.stores),
+            groups: SharedMut::new(&mut self.groups),
         };
         let n_threads = self.team.n_threads();
         let mut writers: Vec<RowWriter<'_>> = std::mem::take(&mut self.writers);
         for wave in &self.waves {
             let tasks = &self.tasks[wave.tasks.clone()];
+            for &router in &wave.groups {
+                // SAFETY: the wave before is over, and only later ones read what this router chose.
+                let groups = unsafe { &mut cx.groups.range(router..router + 1)[0] };
+                groups.group(cx.all(groups.ids));
+            }
             writers.extend(wave.fills.iter().map(|&store| {
                 // SAFETY: the stores of a wave are all different and not read in it (asserted in `new`).
                 unsafe { &mut cx.stores.range(store..store + 1)[0] }.writer()
@@ -311,6 +382,7 @@ impl Exec for CpuExec {
                 self.ends.clear();
                 let mut n_tiles = 0;
                 for task in tasks {
+                    task.prepare(&cx, n_threads);
                     n_tiles += task.n_tiles(&cx, n_threads);
                     self.ends.push(n_tiles);
                 }
@@ -334,5 +406,6 @@ impl Exec for CpuExec {
         };
         out.output_width = copy(plan.output, &mut out.output);
         out.taps_width = copy(plan.taps, &mut out.taps);
+        out.n_experts_read = (0..cx.groups.len()).map(|router| cx.groups(router).n_chosen()).sum();
     }
 }

@@ -1,9 +1,12 @@
 //! The CPU backend: matrices that products read are packed when a plan is compiled, other weights stay where the file is
 //! mapped, states live in vectors that grow with use, and a thread team works through the waves of a plan.
 
+mod attention;
 mod exec;
+mod moe;
 mod ops;
 mod quant;
+mod ropes;
 mod states;
 #[cfg(test)]
 mod tests;
@@ -20,7 +23,7 @@ use std::{
 
 use paceline_kernels::{
     KernelTable, Team,
-    packed::{Grain, PackedMatrix, PackedTable},
+    packed::{Grain, PackedMatrix, PackedTable, TileMemory, tune},
 };
 
 use crate::{
@@ -104,11 +107,21 @@ impl CpuBackend {
         let _alone = self.packing.lock().unwrap_or_else(|e| e.into_inner());
         let mut seen = HashSet::new();
         let read = plan.ops.iter().filter_map(|op| match op {
-            Op::MatMul { weight, .. } if seen.insert(*weight) => Some(self.weight(*weight)),
+            Op::MatMul { weight, .. } if seen.insert(*weight) => Some((self.weight(*weight), 1)),
+            Op::ExpertMatMul { weight, n_expert, .. } if seen.insert(*weight) => {
+                Some((self.weight(*weight), *n_expert))
+            }
             _ => None,
         });
-        let todo: Vec<Arc<Weight>> = read.filter(|weight| weight.wants_packing()).collect();
-        let all = todo.iter().map(|weight| weight.file_bytes()).sum();
+        let todo: Vec<(Arc<Weight>, usize, usize)> = read
+            .filter_map(|(weight, n_expert)| weight.to_pack(n_expert).map(|bytes| (weight, n_expert, bytes)))
+            .collect();
+        let bytes = || todo.iter().map(|(_, _, bytes)| *bytes);
+        let mut memory = TileMemory::reserve(bytes()).map_err(|_| Error::OutOfMemory {
+            what: format!("packing {} matrices ({PACK_VARIABLE}=0 leaves them in the file)", todo.len()),
+            bytes: bytes().sum(),
+        })?;
+        let all = todo.iter().map(|(weight, ..)| weight.file_bytes()).sum();
         let done = AtomicUsize::new(0);
         let progress = |bytes: usize| {
             let before = done.fetch_add(bytes, Ordering::Relaxed);
@@ -116,7 +129,14 @@ impl CpuBackend {
                 report(before + bytes, all);
             }
         };
-        todo.iter().try_for_each(|weight| weight.pack(&self.team, &progress))
+        let pack = |(weight, n_expert, _): &(Arc<Weight>, usize, usize)| {
+            weight.pack(*n_expert, &mut memory, &self.team, &progress)
+        };
+        let mut packed: Vec<PackedMatrix> = todo.iter().filter_map(pack).collect();
+        assert_eq!(packed.len(), todo.len(), "what has a packed size has a packed form");
+        tune(self.kernels.packed, &mut packed, &self.team);
+        todo.iter().zip(packed).for_each(|((weight, ..), packed)| weight.set_packed(packed));
+        Ok(())
     }
 }
 
@@ -138,6 +158,7 @@ impl Backend for CpuBackend {
     }
 
     fn alloc_states(&self, decls: &[StateDecl], config: StateConfig) -> Result<Arc<dyn States>, Error> {
+        decls.iter().try_for_each(|decl| decl.check_kv(config.kv))?;
         Ok(Arc::new(CpuStates::new(decls, config, self.team.clone(), self.kernels.table)))
     }
 
@@ -155,21 +176,34 @@ impl Backend for CpuBackend {
 
     fn work(&self, plan: &Plan) -> PlanWork {
         let mut work = PlanWork::default();
+        let n_router = plan.ops.iter().filter(|op| matches!(op, Op::Router { .. })).count();
+        let mut expert_bytes = 0;
         for op in &plan.ops {
-            let Op::MatMul { weight, dst, .. } = op else { continue };
+            let (weight, dst, n_expert, n_used) = match op {
+                Op::MatMul { weight, dst, .. } => (weight, dst, 1, 1),
+                Op::ExpertMatMul { weight, dst, n_expert, ids, .. } => {
+                    (weight, dst, *n_expert, plan.width(*ids))
+                }
+                _ => continue,
+            };
             let weight = self.weight(*weight);
             let packed = weight.packed().filter(|_| self.packs);
-            work.weight_bytes += packed.map_or(weight.file_bytes(), PackedMatrix::bytes) as u64;
+            let bytes = packed.map_or(weight.file_bytes(), PackedMatrix::bytes) / n_expert;
+            match op {
+                Op::MatMul { .. } => work.weight_bytes += bytes as u64,
+                _ => expert_bytes += bytes as u64,
+            }
             let macs = match plan.rows(*dst) {
                 Rows::Batch => &mut work.row,
                 Rows::Output => &mut work.output,
             };
-            let n = (weight.n_in() * weight.n_rows()) as u64;
+            let n = (weight.n_in() * weight.n_rows() / n_expert * n_used) as u64;
             match packed {
                 Some(packed) if packed.grain() != Grain::F32 => macs.int += n,
                 _ => macs.float += n,
             }
         }
+        work.expert_bytes = expert_bytes.checked_div(n_router as u64).unwrap_or(0);
         work
     }
 }

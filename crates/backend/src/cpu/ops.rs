@@ -12,30 +12,32 @@ use std::{
 
 use paceline_kernels::{
     act,
-    attention::{Query, RunningSoftmax},
-    conv::short_conv_silu,
     delta::{DeltaToken, delta_step},
-    kv::{KvRows, write_row},
-    norm,
     packed::{PackedMatrix, QuantRows, RowWriter},
-    rope::{self, RopeTable},
 };
 
-use crate::{AttentionOp, BlockMask, Buf, HeadMap, Lane, Op, Plan, RopeSpec, StateDecl, States, WeightId};
+use crate::{AttentionOp, Buf, HeadMap, Op, Plan, StateDecl, States, WeightId};
 
 use super::{
+    attention::{Attention, KvPlace, SpanParts},
     exec::{Cx, Nanos},
+    moe::{self, ExpertMatMul, Groups},
+    ropes::Ropes,
     states::{CpuStates, DeltaWindow, SlotLayout, shift_in},
     weights::Weight,
 };
 
 /// Values that a tile of an elementwise op handles, about.
 const TILE_VALUES: usize = 8192;
-/// Bytes of a packed matrix that a tile of a product reads: enough that asking for the first of them does not show, and
+/// Bytes of a packed matrix that a tile of a product reads: enough that waiting for the first of them does not show, and
 /// at most what stays in the second-level cache while many columns pass over it.
-const TILE_BYTES: RangeInclusive<usize> = 32 << 10..=512 << 10;
-/// Query heads that read a page together.
-const HEADS_AT_ONCE: usize = 8;
+pub(super) const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
+/// The least of them for so many columns that waiting is none of the cost: small, so that no thread waits long for the last tile.
+const TILE_BYTES_BUSY: usize = 32 << 10;
+/// From how many columns on.
+const BUSY_COLUMNS: usize = 4;
+/// Rows that a tile of `kv_append` writes.
+const APPEND_ROWS: usize = 16;
 /// Channels that a tile of a convolution handles.
 const TILE_CHANNELS: usize = 256;
 /// Taps of a convolution that need no allocation; known models have 4.
@@ -51,16 +53,7 @@ struct Scratch {
     weights: Vec<f32>,
     out: Vec<f32>,
     state: Vec<f32>,
-    turns: Vec<rope::Turn>,
     tail: Vec<f32>,
-}
-
-/// Where a KV state lies in a page.
-#[derive(Clone, Copy)]
-struct KvPlace {
-    offset: usize,
-    n_head: usize,
-    head_dim: usize,
 }
 
 /// An op with its weights at hand.
@@ -69,10 +62,15 @@ pub(super) struct CpuOp {
     weight: Option<Arc<Weight>>,
     /// The store that a product with a packed matrix reads.
     store: Option<usize>,
+    /// The router whose choice a product with experts follows.
+    router: usize,
     /// A bias, a norm's weight, the sinks, or the second of two small weights.
     small: Option<Arc<Weight>>,
-    rope: Option<RopeTable>,
+    /// Among the plan's.
+    rope: Option<usize>,
     kv: Option<KvPlace>,
+    /// Of attention.
+    parts: SpanParts,
     slot: Option<(SlotLayout, StateDecl)>,
 }
 
@@ -83,15 +81,25 @@ impl CpuOp {
         store: Option<usize>,
         plan: &Plan,
         states: &CpuStates,
+        ropes: &mut Ropes,
         weight: &impl Fn(WeightId) -> Arc<Weight>,
     ) -> CpuOp {
-        let mut this =
-            CpuOp { op: op.clone(), store, weight: None, small: None, rope: None, kv: None, slot: None };
+        let mut this = CpuOp {
+            op: op.clone(),
+            store,
+            router: 0,
+            weight: None,
+            small: None,
+            rope: None,
+            kv: None,
+            slot: None,
+            parts: SpanParts::default(),
+        };
         let kv = |state: crate::StateId| {
             let at = state.0 as usize;
             match states.decls()[at] {
                 StateDecl::Kv { n_head, head_dim } => {
-                    KvPlace { offset: states.page_offset(at), n_head, head_dim }
+                    KvPlace { offsets: states.page_offsets(at), n_head, head_dim }
                 }
                 ref other => panic!("{other:?} is no KV state"),
             }
@@ -108,14 +116,19 @@ impl CpuOp {
                 this.weight = Some(w);
                 this.small = bias.map(weight);
             }
+            Op::ExpertMatMul { weight: id, n_expert, n_in, ids, dst, .. } => {
+                let w = weight(*id);
+                let n_out = plan.width(*dst) / plan.width(*ids);
+                assert_eq!((w.n_in(), w.n_rows()), (*n_in, n_out * n_expert), "expert_matmul shape");
+                this.weight = Some(w);
+            }
             Op::RmsNorm { weight: id, .. } => this.weight = id.map(weight),
             Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
                 this.weight = Some(weight(*id))
             }
-            Op::Rope { rope: RopeSpec { n_rot, base, factors, .. }, .. } => {
-                let factors = factors.map(weight);
-                let factors = factors.as_ref().map(|f| f.floats());
-                this.rope = Some(RopeTable::new(*n_rot, f64::from(*base), factors));
+            Op::Rope { rope, .. } => {
+                let factors = rope.factors.map(weight);
+                this.rope = Some(ropes.add(rope, factors.as_ref().map(|f| f.floats())));
             }
             Op::KvAppend { state, k, .. } => {
                 let place = kv(*state);
@@ -141,6 +154,24 @@ impl CpuOp {
         this
     }
 
+    /// Finds the router that this op follows, adding it if it is the first to do so.
+    pub fn with_groups(self, groups: &mut Vec<Groups>) -> CpuOp {
+        let Op::ExpertMatMul { ids, n_expert, .. } = self.op else { return self };
+        let known = groups.iter().position(|g| g.ids == ids);
+        let router = known.unwrap_or_else(|| {
+            groups.push(Groups::new(ids, n_expert));
+            groups.len() - 1
+        });
+        CpuOp { router, ..self }
+    }
+
+    /// This op as a product with experts, if it is one.
+    fn experts<'a>(&'a self, cx: &'a Cx<'_>) -> Option<ExpertMatMul<'a>> {
+        let Op::ExpertMatMul { n_expert, src, dst, .. } = self.op else { return None };
+        let groups = cx.groups(self.router);
+        Some(ExpertMatMul { weight: self.weight(), packed: self.packed(), n_expert, groups, src, dst })
+    }
+
     fn weight(&self) -> &Weight {
         match &self.weight {
             Some(weight) => weight,
@@ -163,16 +194,30 @@ impl CpuOp {
         }
     }
 
+    fn attention<'a>(&'a self, op: &'a AttentionOp) -> Attention<'a> {
+        Attention { op, place: self.kv(), sinks: self.small.as_ref().map(|w| w.floats()), parts: &self.parts }
+    }
+
+    /// Called before the tiles of a wave that several threads share.
+    pub fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        if let Op::Attention(op) = &self.op {
+            self.attention(op).prepare(cx, n_threads);
+        }
+    }
+
     /// Pieces that this op falls into for the rows of the step.
     pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        if let Some(product) = self.experts(cx) {
+            return product.n_tiles(n_threads);
+        }
         match &self.op {
             Op::MatMul { dst, .. } => match (cx.n_rows(*dst), self.packed()) {
                 (0, _) => 0,
-                (_, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n_threads)),
+                (n, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n, n_threads)),
                 (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
-            Op::KvAppend { .. } => cx.step.lanes.len(),
-            Op::Attention(_) => cx.step.n_rows() * self.kv().n_head,
+            Op::KvAppend { .. } => cx.step.n_rows().div_ceil(APPEND_ROWS),
+            Op::Attention(op) => self.attention(op).n_tiles(cx, n_threads),
             Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
             Op::DeltaRule { .. } => cx.step.lanes.len() * self.delta().1.n_head_v,
             op => {
@@ -185,6 +230,9 @@ impl CpuOp {
     /// About how long this op takes one thread. The factors are measured on one machine and right within two or
     /// three times elsewhere, which is enough to tell a wave worth sharing.
     pub fn work(&self, cx: &Cx<'_>) -> Nanos {
+        if let Some(product) = self.experts(cx) {
+            return product.work();
+        }
         let values = |buf: Buf| cx.n_rows(buf) * cx.plan.width(buf);
         match &self.op {
             Op::MatMul { src, dst, .. } => {
@@ -196,19 +244,15 @@ impl CpuOp {
                     None => n_weights * (4 + n) / 64,
                 }
             }
-            Op::Attention(op) => {
-                let lanes = cx.step.lanes.iter();
-                let cells: usize = lanes.map(|lane| lane.rows.len() * (lane.n_past + lane.rows.len())).sum();
-                cells * op.n_head * (20 + self.kv().head_dim / 4)
-            }
+            Op::Attention(op) => self.attention(op).work(cx),
             Op::DeltaRule { .. } => cx.step.n_rows() * self.delta().1.state_len() / 8,
             // An exponential for every value.
             Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
             Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
             Op::DeltaGates { decay, .. } => 20 * values(*decay),
-            // A sine and a cosine for every pair, once for all heads.
-            Op::Rope { dst, rope, .. } => cx.n_rows(*dst) * rope.n_rot * 10 + values(*dst) / 2,
-            Op::KvAppend { k, .. } => values(*k),
+            Op::Router { logits, .. } => 2 * values(*logits),
+            Op::WeightedSum { src, .. } => values(*src) / 2,
+            Op::KvAppend { k, .. } => 2 * values(*k),
             op => values(row_wise_dst(op)) / 2,
         }
     }
@@ -224,20 +268,23 @@ impl CpuOp {
 
     /// Computes one piece; whole rows go through `writers` too, which are this op's.
     pub fn run(&self, cx: &Cx<'_>, writers: &[RowWriter<'_>], n_threads: usize, tile: usize) {
+        if let Some(product) = self.experts(cx) {
+            return product.run(cx, n_threads, tile);
+        }
         match &self.op {
             Op::MatMul { src, dst, .. } => match self.packed() {
                 Some((w, store)) => {
-                    let chunk = group_chunk(w, n_threads);
+                    let chunk = group_chunk(w, cx.n_rows(*dst), n_threads);
                     let groups = tile * chunk..((tile + 1) * chunk).min(w.n_groups());
                     self.packed_matmul(cx, w, groups, cx.quantized(store), *dst);
                 }
                 None => self.matmul(cx, n_threads, tile, *src, *dst),
             },
-            Op::KvAppend { k, v, .. } => self.kv_append(cx, &cx.step.lanes[tile], *k, *v),
-            Op::Attention(op) => {
-                let n_head_kv = self.kv().n_head;
-                self.attention(cx, op, tile / n_head_kv, tile % n_head_kv);
+            Op::KvAppend { k, v, .. } => {
+                let end = cx.step.n_rows().min((tile + 1) * APPEND_ROWS);
+                (tile * APPEND_ROWS..end).for_each(|row| self.kv().append(cx, row, *k, *v));
             }
+            Op::Attention(op) => self.attention(op).run(cx, n_threads, tile),
             Op::ShortConv { src, dst, .. } => {
                 let n_chunks = cx.plan.width(*src).div_ceil(TILE_CHANNELS);
                 self.short_conv(cx, *src, *dst, tile / n_chunks, tile % n_chunks);
@@ -283,7 +330,7 @@ impl CpuOp {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
                 for (x, out) in cx.row(*src, row).chunks_exact(*group).zip(out.chunks_exact_mut(*group)) {
-                    norm::rms_norm(x, w, *eps, out);
+                    (cx.table.rows.rms_norm)(x, w, *eps, out);
                 }
             }
             Op::GatedRmsNorm { src, gate, dst, eps, group, .. } => {
@@ -293,21 +340,18 @@ impl CpuOp {
                 let groups =
                     cx.row(*src, row).chunks_exact(*group).zip(cx.row(*gate, row).chunks_exact(*group));
                 for ((x, z), out) in groups.zip(out.chunks_exact_mut(*group)) {
-                    norm::gated_rms_norm(x, w, z, *eps, out);
+                    (cx.table.rows.gated_rms_norm)(x, w, z, *eps, out);
                 }
             }
             Op::Rope { src, dst, head_dim, rope: spec } => {
-                let Some(table) = &self.rope else { unreachable!("set when the op was compiled") };
+                let Some(rope) = self.rope else { unreachable!("set when the op was compiled") };
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
                 out.copy_from_slice(cx.row(*src, row));
-                SCRATCH.with_borrow_mut(|scratch| {
-                    scratch.turns.resize(spec.n_rot / 2, [0.0; 2]);
-                    table.turns(cx.step.positions[row], &mut scratch.turns);
-                    for head in out.chunks_exact_mut(*head_dim) {
-                        rope::rotate(head, &scratch.turns, spec.pairing);
-                    }
-                });
+                let turns = cx.ropes.turns(rope, row);
+                for head in out.chunks_exact_mut(*head_dim) {
+                    (cx.table.rows.rotate)(head, turns, spec.pairing);
+                }
             }
             Op::DeltaGates { alpha, b, decay, beta, .. } => {
                 let (dt_bias, a) =
@@ -320,20 +364,36 @@ impl CpuOp {
                     beta[h] = act::sigmoid(b[h]);
                 }
             }
+            Op::Router { logits, spec, ids, weights } => {
+                // SAFETY: see above; the two destinations are different buffers.
+                let (ids, weights) = unsafe { (cx.row_mut(*ids, row), cx.row_mut(*weights, row)) };
+                moe::route(cx.row(*logits, row), spec, ids, weights);
+            }
+            Op::WeightedSum { src, weights, dst } => {
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                moe::weighted_sum(cx.row(*src, row), cx.row(*weights, row), out);
+            }
             Op::SiluMul { gate, up, dst } => {
                 // SAFETY: see above.
-                act::silu_mul(cx.row(*gate, row), cx.row(*up, row), unsafe { cx.row_mut(*dst, row) });
+                let out = unsafe { cx.row_mut(*dst, row) };
+                (cx.table.rows.silu_mul)(cx.row(*gate, row), cx.row(*up, row), out);
             }
             Op::SigmoidMul { src, gate, dst } => {
                 // SAFETY: see above.
-                act::sigmoid_mul(cx.row(*gate, row), cx.row(*src, row), unsafe { cx.row_mut(*dst, row) });
+                let out = unsafe { cx.row_mut(*dst, row) };
+                match (cx.row(*gate, row), cx.row(*src, row)) {
+                    (gate, x) if gate.len() == x.len() => (cx.table.rows.sigmoid_mul)(gate, x, out),
+                    (gate, x) => {
+                        let factor = act::sigmoid(gate[0]);
+                        out.iter_mut().zip(x).for_each(|(out, x)| *out = factor * x);
+                    }
+                }
             }
             Op::Add { a, b, dst } => {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
-                for ((out, a), b) in out.iter_mut().zip(cx.row(*a, row)).zip(cx.row(*b, row)) {
-                    *out = a + b;
-                }
+                (cx.table.rows.add)(cx.row(*a, row), cx.row(*b, row), out);
             }
             Op::Columns { src, dst, group, offset, len } => {
                 // SAFETY: see above.
@@ -353,6 +413,7 @@ impl CpuOp {
                 unsafe { cx.row_mut(*dst, row) }.copy_from_slice(cx.row(*src, from));
             }
             Op::MatMul { .. }
+            | Op::ExpertMatMul { .. }
             | Op::KvAppend { .. }
             | Op::Attention(_)
             | Op::ShortConv { .. }
@@ -396,66 +457,6 @@ impl CpuOp {
         }
     }
 
-    fn kv_append(&self, cx: &Cx<'_>, lane: &Lane<'_>, k: Buf, v: Buf) {
-        let KvPlace { offset, n_head, head_dim } = self.kv();
-        let width = n_head * head_dim;
-        for (i, row) in lane.rows.clone().enumerate() {
-            let cell = lane.n_past + i;
-            let page = lane.pages[cell / cx.page_len].0 as usize;
-            let at = offset + cell % cx.page_len * width;
-            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), one tile handles
-            // the whole lane, and no other op of this wave touches pages (`StateAccess::conflicts`).
-            let page = unsafe { &mut cx.pages.range(page..page + 1)[0] };
-            let Some(page) = page else {
-                panic!("KV page {} has no storage", lane.pages[cell / cx.page_len].0)
-            };
-            write_row(cx.row(k, row), page.write(at, width));
-            write_row(cx.row(v, row), page.write(at + cx.page_len * width, width));
-        }
-    }
-
-    /// All query heads of one row that read one KV head.
-    fn attention(&self, cx: &Cx<'_>, op: &AttentionOp, row: usize, head_kv: usize) {
-        let KvPlace { offset, n_head, head_dim } = self.kv();
-        let (width, page_len) = (n_head * head_dim, cx.page_len);
-        let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
-        let visible = visible_cells(lane, row - lane.rows.start, op.mask, op.window);
-        let per_kv = op.n_head / n_head;
-        let heads = head_kv * per_kv..(head_kv + 1) * per_kv;
-        // All heads take a page before any takes the next, so that its cells are read from memory once.
-        for first_head in heads.clone().step_by(HEADS_AT_ONCE) {
-            let mut sums: [Option<RunningSoftmax<'_>>; HEADS_AT_ONCE] = [const { None }; HEADS_AT_ONCE];
-            let heads = first_head..heads.end.min(first_head + HEADS_AT_ONCE);
-            for (sum, head) in sums.iter_mut().zip(heads.clone()) {
-                let columns = head * head_dim..(head + 1) * head_dim;
-                let query = Query { q: &cx.row(op.q, row)[columns.clone()], scale: op.scale, softcap: None };
-                // SAFETY: this tile alone writes the heads of this group in this row, each once.
-                let out = unsafe { cx.part_mut(op.dst, row, columns) };
-                *sum = Some(RunningSoftmax::new(cx.table, query, out));
-            }
-            for page in visible.start / page_len..visible.end.div_ceil(page_len) {
-                let id = lane.pages[page].0 as usize;
-                // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
-                let Some(data) = (unsafe { &cx.pages.get(id..id + 1)[0] }) else {
-                    panic!("KV page {id} has no storage")
-                };
-                let rows = |start| {
-                    let data = data.read(start, page_len * width);
-                    KvRows { data, stride: width, offset: head_kv * head_dim }
-                };
-                let (k, v) = (rows(offset), rows(offset + page_len * width));
-                let first = page * page_len;
-                let cells = visible.start.max(first) - first..visible.end.min(first + page_len) - first;
-                for sum in sums.iter_mut().flatten() {
-                    sum.attend_page(k, v, cells.clone());
-                }
-            }
-            for (sum, head) in sums.into_iter().flatten().zip(heads) {
-                sum.finish(self.small.as_ref().map(|sinks| sinks.floats()[head]));
-            }
-        }
-    }
-
     /// Some channels of one lane: all its rows in order, then the tail.
     fn short_conv(&self, cx: &Cx<'_>, src: Buf, dst: Buf, lane: usize, chunk: usize) {
         let Some((layout, StateDecl::ConvTail { channels, width })) = self.slot else {
@@ -495,7 +496,7 @@ impl CpuOp {
                 }
                 // SAFETY: this tile alone writes these channels of the lane's rows.
                 let out = unsafe { cx.part_mut(dst, lane.rows.start + i, columns.clone()) };
-                short_conv_silu(taps, weights, out);
+                (cx.table.rows.short_conv_silu)(taps, weights, out);
             }
             for (i, row) in (lane.n_certain..lane.rows.len()).enumerate() {
                 let start = layout.row(slot, i).start;
@@ -535,10 +536,10 @@ impl CpuOp {
             for (i, row) in lane.rows.clone().enumerate() {
                 let inputs = cx.row(qkv, row);
                 let keys = n_head_k * dim_k;
-                norm::l2_norm(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
+                (cx.table.rows.l2_norm)(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
                 let scale = 1.0 / (dim_k as f32).sqrt();
                 q.iter_mut().for_each(|q| *q *= scale);
-                norm::l2_norm(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
+                (cx.table.rows.l2_norm)(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
                 let v = &inputs[2 * keys + head * dim_v..2 * keys + (head + 1) * dim_v];
                 let (g, beta) = (cx.row(decay, row)[head], cx.row(beta, row)[head]);
                 let token = DeltaToken::new(k, v, g, beta);
@@ -567,37 +568,28 @@ impl CpuOp {
     }
 }
 
-/// Cells that row `i` of a lane sees: always a run, because windows and masks only cut at its ends.
-fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usize>) -> Range<usize> {
-    let cell = lane.n_past + i;
-    let end = match mask {
-        BlockMask::Causal => cell + 1,
-        BlockMask::Full => lane.n_past + lane.rows.len(),
-    };
-    let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
-    start..end
-}
-
 /// Outputs of a matrix that one tile computes.
-fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
+pub(super) fn matmul_chunk(n_out: usize, n_threads: usize) -> usize {
     (n_out / (4 * n_threads)).clamp(16, 64)
 }
 
-/// Groups of outputs of a packed matrix that one tile computes.
-fn group_chunk(w: &PackedMatrix, n_threads: usize) -> usize {
+/// Groups of outputs of a packed matrix that one tile computes for `n` columns.
+fn group_chunk(w: &PackedMatrix, n: usize, n_threads: usize) -> usize {
     let of_bytes = |bytes: usize| (bytes * w.n_groups() / w.bytes()).max(1);
-    w.n_groups().div_ceil(4 * n_threads).clamp(of_bytes(*TILE_BYTES.start()), of_bytes(*TILE_BYTES.end()))
+    let least = if n < BUSY_COLUMNS { *TILE_BYTES.start() } else { TILE_BYTES_BUSY };
+    w.n_groups().div_ceil(8 * n_threads).clamp(of_bytes(least), of_bytes(*TILE_BYTES.end()))
 }
 
 /// Whether a tile of this op computes whole rows of its one result.
 pub(super) fn computes_whole_rows(op: &Op) -> bool {
     match op {
         Op::MatMul { .. }
+        | Op::ExpertMatMul { .. }
         | Op::KvAppend { .. }
         | Op::Attention(_)
         | Op::ShortConv { .. }
         | Op::DeltaRule { .. } => false,
-        Op::Place { .. } | Op::DeltaGates { .. } => false,
+        Op::Place { .. } | Op::DeltaGates { .. } | Op::Router { .. } => false,
         op => {
             row_wise_dst(op);
             true
@@ -620,12 +612,16 @@ fn row_wise_dst(op: &Op) -> Buf {
         | Op::SiluMul { dst, .. }
         | Op::SigmoidMul { dst, .. }
         | Op::Add { dst, .. }
+        | Op::WeightedSum { dst, .. }
         | Op::Columns { dst, .. }
         | Op::SelectOutputs { dst, .. } => dst,
         // The source has the width of what is written.
         Op::Place { src, .. } => src,
+        // Ranking the logits is the work.
+        Op::Router { logits, .. } => logits,
         Op::DeltaGates { decay, .. } => decay,
         Op::MatMul { .. }
+        | Op::ExpertMatMul { .. }
         | Op::KvAppend { .. }
         | Op::Attention(_)
         | Op::ShortConv { .. }

@@ -23,6 +23,8 @@ use super::ops::computes_whole_rows;
 pub(super) struct Store {
     pub grain: Grain,
     pub width: usize,
+    /// How many of them each row of the step has: one, or one for each slot of a mixture of experts.
+    pub parts: usize,
     pub rows: Rows,
 }
 
@@ -57,6 +59,8 @@ pub(super) struct Schedule {
 struct Need {
     buf: Buf,
     grain: Grain,
+    /// Width of what is multiplied: the buffer's, or a part of it.
+    width: usize,
     made: usize,
     last: usize,
     readers: Vec<usize>,
@@ -78,15 +82,20 @@ pub(super) fn schedule(plan: &Plan, grain: impl Fn(usize) -> Option<Grain>) -> S
     let mut needs: Vec<Need> = Vec::new();
     for (iw, wave) in plan.waves.iter().enumerate() {
         for i in wave.clone() {
-            let (Op::MatMul { src, .. }, Some(grain)) = (&plan.ops[i], grain(i)) else { continue };
-            match needs.iter_mut().find(|need| (need.buf, need.grain) == (*src, grain)) {
+            let Some(grain) = grain(i) else { continue };
+            let (src, width) = match plan.ops[i] {
+                Op::MatMul { src, .. } => (src, plan.width(src)),
+                Op::ExpertMatMul { src, n_in, .. } => (src, n_in),
+                ref op => panic!("{op:?} multiplies nothing"),
+            };
+            match needs.iter_mut().find(|need| (need.buf, need.grain, need.width) == (src, grain, width)) {
                 Some(need) => {
                     need.last = 2 * iw + 1;
                     need.readers.push(i);
                 }
                 None => {
                     let made = made_at(plan, writers[src.0 as usize], iw);
-                    needs.push(Need { buf: *src, grain, made, last: 2 * iw + 1, readers: vec![i] });
+                    needs.push(Need { buf: src, grain, width, made, last: 2 * iw + 1, readers: vec![i] });
                 }
             }
         }
@@ -97,7 +106,8 @@ pub(super) fn schedule(plan: &Plan, grain: impl Fn(usize) -> Option<Grain>) -> S
     // Each store with the time of its last reader.
     let mut stores: Vec<(Store, usize)> = Vec::new();
     for need in &needs {
-        let store = Store { grain: need.grain, width: plan.width(need.buf), rows: plan.rows(need.buf) };
+        let &Need { grain, width, .. } = need;
+        let store = Store { grain, width, parts: plan.width(need.buf) / width, rows: plan.rows(need.buf) };
         let free = stores.iter().position(|(other, last)| *other == store && *last < need.made);
         let at = free.unwrap_or_else(|| {
             stores.push((store, 0));

@@ -1,9 +1,10 @@
 //! Pages and slots in memory.
 //!
-//! A page holds, for each KV state in turn, its keys and then its values, `page_len` cells of each:
+//! A page holds, for each KV state in turn, its keys and then its values, `page_len` cells of each, head by head:
 //!
 //! ```text
-//! page = [ k of state 0 | v of state 0 | k of state 1 | … ]      cell c of a part at c · width
+//! page = [ k of state 0 | v of state 0 | k of state 1 | … ]      each part begins on a cache line
+//! part = [ cells of head 0 | cells of head 1 | … ]               as `kernels::kv` says
 //! ```
 //!
 //! A slot holds its recurrent states side by side in one vector, and their tentative windows in another:
@@ -28,88 +29,33 @@ use std::{
 use paceline_kernels::{
     KernelTable, SharedMut, Team,
     delta::{DeltaToken, delta_advance},
-    f16,
-    kv::{KvData, KvDataMut},
+    kv::{KvBytes, LINE},
 };
 
-use crate::{KvType, PageId, SavedId, SlotId, StateConfig, StateDecl, States};
-
-/// Storage of one page.
-pub(super) enum PageData {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-}
-
-impl PageData {
-    fn new(kv_type: KvType, len: usize) -> PageData {
-        match kv_type {
-            KvType::F32 => PageData::F32(vec![0.0; len]),
-            KvType::F16 => PageData::F16(vec![f16::ZERO; len]),
-        }
-    }
-
-    /// Values `start .. start + len`, to read.
-    pub fn read(&self, start: usize, len: usize) -> KvData<'_> {
-        match self {
-            PageData::F32(data) => KvData::F32(&data[start..start + len]),
-            PageData::F16(data) => KvData::F16(&data[start..start + len]),
-        }
-    }
-
-    /// Values `start .. start + len`, to write.
-    pub fn write(&mut self, start: usize, len: usize) -> KvDataMut<'_> {
-        match self {
-            PageData::F32(data) => KvDataMut::F32(&mut data[start..start + len]),
-            PageData::F16(data) => KvDataMut::F16(&mut data[start..start + len]),
-        }
-    }
-
-    fn copy_from(&mut self, other: &PageData) {
-        match (self, other) {
-            (PageData::F32(to), PageData::F32(from)) => to.copy_from_slice(from),
-            (PageData::F16(to), PageData::F16(from)) => to.copy_from_slice(from),
-            _ => unreachable!("all pages of a store have one type"),
-        }
-    }
-
-    fn export(&self, out: &mut Vec<u8>) {
-        match self {
-            PageData::F32(data) => put(out, data, |x| x.to_le_bytes()),
-            PageData::F16(data) => put(out, data, |x| x.to_bits().to_le_bytes()),
-        }
-    }
-
-    /// Only for as many bytes as an export gives.
-    fn import(&mut self, bytes: &[u8]) {
-        match self {
-            PageData::F32(data) => take(data, bytes, f32::from_le_bytes),
-            PageData::F16(data) => take(data, bytes, |x| f16::from_bits(u16::from_le_bytes(x))),
-        }
-    }
-}
+use crate::{PageId, SavedId, SlotId, StateConfig, StateDecl, States};
 
 /// Appends values as bytes.
-fn put<T: Copy, const N: usize>(out: &mut Vec<u8>, values: &[T], bytes: impl Fn(T) -> [u8; N]) {
-    out.reserve(values.len() * N);
-    values.iter().for_each(|&x| out.extend_from_slice(&bytes(x)));
+fn put(out: &mut Vec<u8>, values: &[f32]) {
+    out.reserve(size_of_val(values));
+    values.iter().for_each(|x| out.extend(x.to_le_bytes()));
 }
 
 /// Fills values from as many bytes as they have.
-fn take<T, const N: usize>(values: &mut [T], bytes: &[u8], value: impl Fn([u8; N]) -> T) {
-    let (chunks, rest) = bytes.as_chunks::<N>();
+fn take(values: &mut [f32], bytes: &[u8]) {
+    let (chunks, rest) = bytes.as_chunks();
     assert!(
         chunks.len() == values.len() && rest.is_empty(),
         "{} bytes for {} values",
         bytes.len(),
         values.len()
     );
-    values.iter_mut().zip(chunks).for_each(|(x, bytes)| *x = value(*bytes));
+    values.iter_mut().zip(chunks).for_each(|(x, bytes)| *x = f32::from_le_bytes(*bytes));
 }
 
 /// What grows and changes.
 #[derive(Default)]
 pub(super) struct Inner {
-    pub pages: Vec<Option<PageData>>,
+    pub pages: Vec<Option<KvBytes>>,
     /// The committed states of every slot.
     pub slots: Vec<f32>,
     /// What the tentative rows of the last step left behind, of every slot.
@@ -152,9 +98,9 @@ impl SlotLayout {
 struct Shared {
     decls: Vec<StateDecl>,
     config: StateConfig,
-    /// First value of each KV state in a page.
-    offsets: Vec<usize>,
-    page_width: usize,
+    /// First bytes of each KV state's keys and values in a page.
+    offsets: Vec<[usize; 2]>,
+    page_bytes: usize,
     slot_width: usize,
     window_width: usize,
     /// Of each state; empty ranges for KV.
@@ -174,11 +120,20 @@ impl CpuStates {
         team: Arc<Team>,
         table: &'static KernelTable,
     ) -> CpuStates {
-        let (mut page_width, mut slot_width, mut window_width) = (0, 0, 0);
+        let (mut page_bytes, mut slot_width, mut window_width) = (0, 0, 0);
         let mut offsets = Vec::with_capacity(decls.len());
         let mut layouts = Vec::with_capacity(decls.len());
         for decl in decls {
-            offsets.push(page_width);
+            let mut part = |bytes_of: &dyn Fn(usize) -> usize| {
+                let start = page_bytes;
+                if let StateDecl::Kv { n_head, head_dim } = *decl {
+                    let bytes: usize = n_head * config.page_len * bytes_of(head_dim);
+                    page_bytes += bytes.next_multiple_of(LINE);
+                }
+                start
+            };
+            let types = config.kv;
+            offsets.push([part(&|n| types.k.row_bytes(n)), part(&|n| types.v.row_bytes(n))]);
             layouts.push(SlotLayout {
                 start: slot_width,
                 len: decl.slot_width(),
@@ -187,7 +142,6 @@ impl CpuStates {
                 row_len: decl.window_width(),
                 window_width: 0,
             });
-            page_width += decl.cell_width() * config.page_len;
             slot_width += decl.slot_width();
             window_width += decl.window_width() * config.n_tentative_max;
         }
@@ -198,7 +152,7 @@ impl CpuStates {
             decls: decls.to_vec(),
             config,
             offsets,
-            page_width,
+            page_bytes,
             slot_width,
             window_width,
             layouts,
@@ -218,8 +172,8 @@ impl CpuStates {
         self.0.inner.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// First value of a KV state's keys in a page; its values follow.
-    pub fn page_offset(&self, state: usize) -> usize {
+    /// First bytes of a KV state's keys and values in a page.
+    pub fn page_offsets(&self, state: usize) -> [usize; 2] {
         self.0.offsets[state]
     }
 
@@ -249,7 +203,7 @@ impl States for CpuStates {
     }
 
     fn page_bytes(&self) -> usize {
-        self.0.page_width * self.0.config.kv_type.bytes()
+        self.0.page_bytes
     }
 
     fn slot_bytes(&self) -> usize {
@@ -262,7 +216,7 @@ impl States for CpuStates {
         if inner.pages.len() <= at {
             inner.pages.resize_with(at + 1, || None);
         }
-        inner.pages[at] = Some(PageData::new(self.0.config.kv_type, self.0.page_width));
+        inner.pages[at] = Some(KvBytes::new(self.0.page_bytes));
     }
 
     fn page_release(&self, page: PageId) {
@@ -272,7 +226,7 @@ impl States for CpuStates {
     fn page_copy(&self, from: PageId, to: PageId) {
         let mut inner = self.lock();
         match inner.pages.get_disjoint_mut([from.0 as usize, to.0 as usize]) {
-            Ok([Some(source), Some(target)]) => target.copy_from(source),
+            Ok([Some(source), Some(target)]) => target.bytes_mut().copy_from_slice(source.bytes()),
             _ => panic!("page_copy {from:?} -> {to:?} without storage"),
         }
     }
@@ -345,7 +299,7 @@ impl States for CpuStates {
 
     fn page_export(&self, page: PageId, out: &mut Vec<u8>) {
         match self.lock().pages.get(page.0 as usize) {
-            Some(Some(data)) => data.export(out),
+            Some(Some(data)) => out.extend_from_slice(data.bytes()),
             _ => panic!("export of {page:?}, which has no storage"),
         }
     }
@@ -355,7 +309,7 @@ impl States for CpuStates {
             return false;
         }
         match self.lock().pages.get_mut(page.0 as usize) {
-            Some(Some(data)) => data.import(bytes),
+            Some(Some(data)) => data.bytes_mut().copy_from_slice(bytes),
             _ => panic!("import into {page:?}, which has no storage"),
         }
         true
@@ -363,7 +317,7 @@ impl States for CpuStates {
 
     fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>) {
         match self.lock().saved.get(&saved) {
-            Some(values) => put(out, values, f32::to_le_bytes),
+            Some(values) => put(out, values),
             None => panic!("export of {saved:?}, which has no storage"),
         }
     }
@@ -373,7 +327,7 @@ impl States for CpuStates {
             return false;
         }
         let mut values = vec![0.0; self.0.slot_width];
-        take(&mut values, bytes, f32::from_le_bytes);
+        take(&mut values, bytes);
         let old = self.lock().saved.insert(saved, values);
         assert!(old.is_none(), "{saved:?} has storage already");
         true

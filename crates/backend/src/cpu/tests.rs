@@ -10,8 +10,8 @@ use paceline_kernels::formats::{FORMATS, quantize_rows};
 
 use super::*;
 use crate::{
-    AttentionOp, BlockMask, Buf, KvType, Lane, Matrix, PageId, PlanBuilder, SlotId, StateId, Step, StepOut,
-    Vector, WeightSource,
+    AttentionOp, BlockMask, Buf, Experts, KvType, Lane, Matrix, PageId, PlanBuilder, RouterScore, RouterSpec,
+    SlotId, StateId, Step, StepOut, Tap, Vector, WeightSource,
     conformance::{self, EIGHT_BIT_ACTIVATIONS, Tolerance, random::Random},
 };
 
@@ -70,7 +70,7 @@ fn random_plan(backend: &dyn Backend, random: &mut Random) -> Plan {
         .map(|(n_in, n_out)| upload(backend, random, n_in, n_out))
         .collect();
     let norms = widths.map(|len| Vector { id: upload(backend, random, len, 1).id, len });
-    let mut p = PlanBuilder::new(&[0, 1]);
+    let mut p = PlanBuilder::new(&[Tap::Layer(0), Tap::Layer(1)]);
     let mut bufs: Vec<Buf> = vec![p.input(30)];
     let mut unread = bufs.clone();
     for i in 0..40 {
@@ -204,7 +204,7 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
 fn a_panicking_step_leaves_the_others_alone() {
     for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
         let decls = [StateDecl::Kv { n_head: 1, head_dim: 4 }, StateDecl::ConvTail { channels: 4, width: 3 }];
-        let config = StateConfig { page_len: 4, kv_type: KvType::F16, n_tentative_max: 4 };
+        let config = StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 4 };
         let states = backend.alloc_states(&decls, config).unwrap();
         let conv = upload(&backend, &mut Random::new(6), 3, 4);
         let mut p = PlanBuilder::new(&[]);
@@ -263,5 +263,149 @@ fn the_size_of_one_step_does_not_bind_the_next() {
             assert_eq!(kept_out.output.len(), outputs.len() * 7);
             assert_eq!((&kept_out.output, &kept_out.taps), (&fresh_out.output, &fresh_out.taps), "{n} rows");
         }
+    }
+}
+
+/// A mixture of experts over rows of logits and activations, behind a router's choice.
+struct Mixture {
+    n_expert: usize,
+    n_used: usize,
+    n_embd: usize,
+    n_ff: usize,
+    ty: GgmlType,
+}
+
+impl Mixture {
+    fn width(&self) -> usize {
+        self.n_expert + self.n_embd
+    }
+
+    /// Weights from a seed, the same on every backend.
+    fn exec(&self, backend: &dyn Backend) -> Box<dyn Exec> {
+        let mut random = Random::new(11);
+        let mut experts = |n_in: usize, n_out: usize| {
+            let data = quantize_rows(self.ty, n_in, &random.values(n_in * n_out * self.n_expert, 0.5));
+            let shape = [n_in as u64, n_out as u64, self.n_expert as u64];
+            let file = to_bytes(&Metadata::new(), &[("w", shape, self.ty, data)]).unwrap();
+            let file = Arc::new(Gguf::from_bytes("test", file).unwrap());
+            let id = backend.upload(&WeightSource { file, tensor: 0 }).unwrap();
+            Experts { id, n_in, n_out, n_expert: self.n_expert }
+        };
+        let (n_embd, n_ff) = (self.n_embd, self.n_ff);
+        let [gate, up, down] = [(n_embd, n_ff), (n_embd, n_ff), (n_ff, n_embd)].map(|(i, o)| experts(i, o));
+        let mut p = PlanBuilder::new(&[]);
+        let row = p.input(self.width());
+        let logits = p.columns(row, self.width(), 0, self.n_expert);
+        let x = p.columns(row, self.width(), self.n_expert, n_embd);
+        let n_used = self.n_used;
+        let routes =
+            p.router(logits, RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 });
+        let [gate, up] = [gate, up].map(|w| p.expert_matmul(x, routes, &w));
+        let h = p.silu_mul(gate, up);
+        let y = p.expert_matmul(h, routes, &down);
+        let y = p.weighted_sum(y, routes);
+        let states = backend.alloc_states(&[], StateConfig { page_len: 512, ..Default::default() }).unwrap();
+        backend.compile(Arc::new(p.finish(Some(y))), &states).unwrap()
+    }
+
+    /// Rows whose logits are random, have ties, or are the same in all rows.
+    fn rows(&self, random: &mut Random, n: usize, kind: usize) -> Vec<f32> {
+        let same = random.values(self.n_expert, 2.0);
+        let logits = |random: &mut Random| match kind {
+            0 => random.values(self.n_expert, 2.0),
+            1 => (0..self.n_expert).map(|_| random.below(3) as f32).collect(),
+            _ => same.clone(),
+        };
+        (0..n).flat_map(|_| [logits(random), random.values(self.n_embd, 1.0)].concat()).collect()
+    }
+}
+
+fn run_rows(exec: &mut dyn Exec, input: &[f32], n: usize) -> StepOut {
+    let positions: Vec<u32> = (0..n as u32).collect();
+    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+    let mut out = StepOut::default();
+    exec.run(
+        &Step { tokens: &[], inputs: input, positions: &positions, lanes: &lanes, outputs: &positions },
+        &mut out,
+    );
+    out
+}
+
+/// Batched is alone, bit for bit, whatever the threads; and all of it is the definition.
+#[test]
+fn experts_give_a_row_the_same_bits_whoever_shares_them() {
+    let mut random = Random::new(12);
+    for case in 0..24 {
+        // The first are corners: all experts, one, more than the rows can choose, an odd format without a packed form.
+        let ty =
+            [GgmlType::Q8_0, GgmlType::F32, GgmlType::Q4_0, GgmlType::Q5_0, GgmlType::BF16, GgmlType::IQ4_NL]
+                [case % 6];
+        let n_expert = [4, 128, 8, 5][case % 4] + random.below(4);
+        let width = |random: &mut Random| match ty.block_len() {
+            1 => 1 + random.below(150),
+            block => block * (1 + random.below(3)),
+        };
+        let mixture = Mixture {
+            n_expert,
+            n_used: if case < 2 { 8.min(n_expert) } else { 1 + random.below(8.min(n_expert)) },
+            n_embd: width(&mut random),
+            n_ff: width(&mut random),
+            ty,
+        };
+        let n = [1, 2, 5, 33, 70][case % 5];
+        let input = mixture.rows(&mut random, n, case % 3);
+        let at = format!(
+            "case {case}: {} of {n_expert} experts in {ty}, {} and {} wide, {n} rows",
+            mixture.n_used, mixture.n_embd, mixture.n_ff
+        );
+
+        let want = run_rows(&mut *mixture.exec(&CpuBackend::new(1).unwrap()), &input, n);
+        for n_threads in [2, 5] {
+            let mut exec = mixture.exec(&eager(n_threads));
+            let got = run_rows(&mut *exec, &input, n);
+            assert_eq!(got.output, want.output, "{at}: {n_threads} threads");
+            // Alone, in another order, in twos: the same rows.
+            let mut read = 0;
+            for chunk in [1, 2] {
+                for (i, part) in input.chunks(chunk * mixture.width()).enumerate().rev() {
+                    let got = run_rows(&mut *exec, part, part.len() / mixture.width());
+                    let first = i * chunk * mixture.n_embd;
+                    assert_eq!(got.output, want.output[first..first + got.output.len()], "{at}: row {i}");
+                    assert!(got.n_experts_read >= mixture.n_used, "{at}");
+                    read = read.max(got.n_experts_read);
+                }
+            }
+            let most = n_expert.min(n * mixture.n_used);
+            assert!((read..=most).contains(&want.n_experts_read), "{at}: {} read", want.n_experts_read);
+            if case % 3 == 2 {
+                assert_eq!(want.n_experts_read, mixture.n_used, "{at}: all rows choose the same");
+            }
+        }
+
+        let scalar = conformance::ScalarBackend::default();
+        let exact = run_rows(&mut *mixture.exec(&scalar), &input, n);
+        let floats = run_rows(&mut *mixture.exec(&unpacked(eager(2))), &input, n);
+        let greatest = exact.output.iter().fold(0.1f32, |max, x| max.max(x.abs()));
+        let quantised = paceline_kernels::packed::grain(ty).is_some() && ty.is_quantized();
+        for (got, tolerance) in [(&want, if quantised { 0.04 } else { 1e-5 }), (&floats, 1e-5)] {
+            let off = got.output.iter().zip(&exact.output).map(|(a, b)| (a - b).abs());
+            let off = off.fold(0.0, f32::max) / greatest;
+            assert!(off <= tolerance, "{at}: {off} of {greatest}");
+        }
+    }
+}
+
+/// What is not a number is seen in its own row, and nowhere else.
+#[test]
+fn a_router_shows_nan() {
+    let mixture = Mixture { n_expert: 6, n_used: 2, n_embd: 32, n_ff: 64, ty: GgmlType::Q8_0 };
+    let mut exec = mixture.exec(&eager(2));
+    let mut input = mixture.rows(&mut Random::new(1), 3, 0);
+    let want = run_rows(&mut *exec, &input, 3).output;
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+        input[mixture.width() + 4] = bad;
+        let got = run_rows(&mut *exec, &input, 3).output;
+        assert!(got[32..64].iter().all(|x| x.is_nan()), "{bad}");
+        assert_eq!([&got[..32], &got[64..]], [&want[..32], &want[64..]]);
     }
 }

@@ -6,7 +6,7 @@ use paceline_gguf::{Gguf, TensorInfo};
 use paceline_kernels::{
     Team, WeightRows,
     formats::{FORMATS, Format, format},
-    packed::{self, PackedMatrix},
+    packed::{self, PackedMatrix, TileMemory},
 };
 
 use crate::{Error, WeightSource};
@@ -64,27 +64,33 @@ impl Weight {
         self.tensor().n_bytes as usize
     }
 
-    /// Whether [`pack`](Self::pack) has something to do.
-    pub fn wants_packing(&self) -> bool {
-        packed::grain(self.format.ty).is_some() && self.packed.get().is_none()
+    /// Bytes of the packed matrix, or of `n_expert` ones, if the format has a packed form and nobody has packed it yet.
+    pub fn to_pack(&self, n_expert: usize) -> Option<usize> {
+        let bytes = packed::packed_bytes(self.format.ty, [self.n_in, self.n_rows / n_expert, n_expert])?;
+        self.packed.get().is_none().then_some(bytes)
     }
 
-    /// Packs the matrix and gives the file's pages back to the system; who reads rows finds them again. `progress` is
-    /// told how many bytes were read, by several threads. Not to be called by two threads at once.
-    pub fn pack(&self, team: &Team, progress: &(dyn Fn(usize) + Sync)) -> Result<(), Error> {
+    /// The packed matrix, or the `n_expert` matrices that it is made of; the file's pages are given back to the system, and who
+    /// reads rows finds them again. `progress` is told how many bytes were read, by several threads.
+    pub fn pack(
+        &self,
+        n_expert: usize,
+        memory: &mut TileMemory,
+        team: &Team,
+        progress: &(dyn Fn(usize) + Sync),
+    ) -> Option<PackedMatrix> {
         let tensor = self.tensor();
-        let data = self.file.data(tensor);
-        let packed = packed::pack(self.format.ty, data, self.n_in, self.n_rows, team, progress);
-        let packed = packed.map_err(|error| Error::OutOfMemory {
-            what: format!("{}: packing tensor `{}`", self.file.name(), tensor.name),
-            bytes: error.bytes,
-        })?;
-        if let Some(packed) = packed {
-            // Whoever was first has packed the same.
-            let _ = self.packed.set(packed);
-            self.file.release(tensor);
-        }
-        Ok(())
+        let (ty, data) = (self.format.ty, self.file.data(tensor));
+        let dims = [self.n_in, self.n_rows / n_expert, n_expert];
+        let packed = packed::pack_into(memory, ty, data, dims, team, progress);
+        self.file.release(tensor);
+        packed
+    }
+
+    /// From now on products read this.
+    pub fn set_packed(&self, packed: PackedMatrix) {
+        // Whoever was first has packed the same.
+        let _ = self.packed.set(packed);
     }
 
     /// The matrix in the form that products want, if it has been packed.

@@ -45,7 +45,7 @@ pub fn run(args: &BenchArgs, loaded: &Loaded) -> Result<ExitCode> {
         params,
         n_predict: args.n_predict,
         plain: loaded.engine(false)?,
-        speculative: loaded.drafter_file.as_ref().map(|_| loaded.engine(true)).transpose()?,
+        speculative: (!loaded.drafters.is_empty()).then(|| loaded.engine(true)).transpose()?,
         n_request: 0,
     };
     let line = progress::words("measuring");
@@ -406,8 +406,8 @@ impl Report {
 
     fn print(&self, loaded: &Loaded, bench: &Bench) -> Result<()> {
         say(format_args!("{} on {}", loaded.name, loaded.backend.describe()))?;
-        match bench.speculative.as_ref().and_then(|engine| engine.drafter()) {
-            Some(drafter) => say(format_args!("{}", drafter.contract()))?,
+        match contracts(bench) {
+            Some(contracts) => say(format_args!("{contracts}"))?,
             None => say(format_args!("no drafter: nothing to compare with"))?,
         }
         if let Some(prefill) = &self.prefill {
@@ -508,12 +508,11 @@ impl Report {
                 object
             })
             .collect();
-        let drafter = bench.speculative.as_ref().and_then(|engine| engine.drafter());
         json!({
             "build": env!("PACELINE_BUILD"),
             "model": loaded.name,
             "backend": loaded.backend.describe(),
-            "drafter": drafter.map(|d| d.contract()),
+            "drafter": contracts(bench),
             "n_draft_max": bench.speculative.as_ref().map_or(0, |engine| engine.config().n_draft_max),
             "n_slot": self.n_slot,
             "runs": args.runs,
@@ -534,6 +533,12 @@ impl Report {
             },
         })
     }
+}
+
+/// One line for each drafter.
+fn contracts(bench: &Bench) -> Option<String> {
+    let lines = bench.speculative.as_ref()?.drafters().iter().map(|drafter| drafter.contract());
+    Some(lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// Where the time of all runs with the drafter went, prefill and warm-up included.

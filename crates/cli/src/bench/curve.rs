@@ -209,12 +209,12 @@ impl<'a> Curve<'a> {
     }
 
     /// Bytes per second of the weights, read once.
-    fn read_rate(&self, seconds: f64) -> f64 {
-        self.rig.work.weight_bytes as f64 / seconds
+    fn read_rate(&self, n: usize, seconds: f64) -> f64 {
+        self.rig.read_bytes(n) as f64 / seconds
     }
 
-    fn read_share(&self, seconds: f64) -> f64 {
-        roofline::read_seconds(self.point(), self.rig.work.weight_bytes) / seconds
+    fn read_share(&self, n: usize, seconds: f64) -> f64 {
+        roofline::read_seconds(self.point(), self.rig.read_bytes(n)) / seconds
     }
 
     fn peak_share(&self, n: usize, seconds: f64) -> f64 {
@@ -223,7 +223,7 @@ impl<'a> Curve<'a> {
 
     /// What `n` rows would take if nothing but reading or multiplying, whichever is longer, took time.
     fn ideal(&self, n: usize) -> f64 {
-        let read = roofline::read_seconds(self.point(), self.rig.work.weight_bytes);
+        let read = roofline::read_seconds(self.point(), self.rig.read_bytes(n));
         read.max(roofline::product_seconds(self.point(), self.rig.work.macs(n, n)))
     }
 
@@ -245,8 +245,8 @@ impl<'a> Curve<'a> {
         roofline::print(&self.roofline)?;
         let work = &self.rig.work;
         say(format_args!(
-            "\nweights read by a step: {}, {} products a row; {} tokens of context; {} rounds, medians",
-            load::bytes(work.weight_bytes),
+            "\nweights read by a step of one row: {}, {} products a row; {} tokens of context; {} rounds, medians",
+            load::bytes(self.rig.read_bytes(1)),
             load::short(work.macs(1, 1).total() as f64).trim(),
             self.args.curve.depth,
             self.args.curve.rounds,
@@ -264,8 +264,8 @@ impl<'a> Curve<'a> {
                     1e3 * times.min(),
                     seconds / self.plain(),
                     1e3 * self.ideal(*n),
-                    self.read_rate(seconds) / 1e9,
-                    100.0 * self.read_share(seconds),
+                    self.read_rate(*n, seconds) / 1e9,
+                    100.0 * self.read_share(*n, seconds),
                     work.macs(*n, *n).total() as f64 / seconds / 1e9,
                     100.0 * self.peak_share(*n, seconds),
                 ))?;
@@ -314,8 +314,9 @@ impl<'a> Curve<'a> {
                         "ms": times(all),
                         "ratio": seconds / self.plain(),
                         "ideal_ms": 1e3 * self.ideal(*n),
-                        "weight_gb_s": self.read_rate(seconds) / 1e9,
-                        "read_share": self.read_share(seconds),
+                        "weight_bytes": self.rig.read_bytes(*n),
+                        "weight_gb_s": self.read_rate(*n, seconds) / 1e9,
+                        "read_share": self.read_share(*n, seconds),
                         "gmac_s": work.macs(*n, *n).total() as f64 / seconds / 1e9,
                         "peak_share": self.peak_share(*n, seconds),
                     })
@@ -332,7 +333,7 @@ impl<'a> Curve<'a> {
             "rounds": self.args.curve.rounds,
             "roofline": roofline::to_json(&self.roofline),
             "step": {
-                "weight_bytes": work.weight_bytes,
+                "weight_bytes": self.rig.read_bytes(1),
                 "macs_per_row": work.row.total(),
                 "macs_per_output": work.output.total(),
             },
@@ -385,14 +386,15 @@ impl<'a> Curve<'a> {
     }
 }
 
-/// The drafter, with room for a sequence of that depth and a few short ones.
+/// The first drafter, with room for a sequence of that depth and a few short ones.
 fn drafter(loaded: &Loaded, depth: usize) -> Result<Option<Box<dyn Drafter>>> {
-    let Some(file) = &loaded.drafter_file else { return Ok(None) };
-    Ok(Some(paceline_spec::load(&LoadDrafter {
+    let Some((kind, file)) = loaded.drafters.first() else { return Ok(None) };
+    Ok(Some((kind.load)(&LoadDrafter {
         file: file.clone(),
         backend: &loaded.backend,
         target: &*loaded.model,
-        states: StateConfig { kv_type: loaded.sizes.kv_draft, ..StateConfig::default() },
+        states: StateConfig { kv: loaded.sizes.kv_draft, ..StateConfig::default() },
         n_cell_max: depth + 1024,
+        n_draft_max: loaded.sizes.n_draft_wanted,
     })?))
 }

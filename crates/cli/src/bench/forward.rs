@@ -3,10 +3,10 @@
 //! A timed forward runs on a fork of a prepared sequence, which is dropped afterwards: whatever it did to the memory, the next one
 //! finds the same. Forks, and the copies of pages that they need, are made before the clock starts.
 
-use std::{sync::Arc, time::Instant};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
-use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut};
+use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::{Drafter, Kept};
 
@@ -22,16 +22,18 @@ pub struct Rig {
     n_ubatch: usize,
     /// What the products come to.
     pub work: PlanWork,
+    /// By the number of rows: bytes of the weights that [`verify`](Self::verify) read the last time.
+    read_bytes: BTreeMap<usize, u64>,
 }
 
 impl Rig {
-    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these layers tapped.
-    pub fn new(loaded: &Loaded, taps: &[usize], n_cell: usize, n_row_max: usize) -> Result<Rig> {
+    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these states tapped.
+    pub fn new(loaded: &Loaded, taps: &[Tap], n_cell: usize, n_row_max: usize) -> Result<Rig> {
         let mut plan = PlanBuilder::new(taps);
         let logits = loaded.model.record(&mut plan);
         let plan: Arc<Plan> = Arc::new(plan.finish(Some(logits)));
         let config =
-            StateConfig { kv_type: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
+            StateConfig { kv: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
         let states = loaded.backend.alloc_states(loaded.model.states(), config)?;
         let exec = loaded.backend.compile(plan.clone(), &states)?;
         Ok(Rig {
@@ -41,6 +43,7 @@ impl Rig {
             n_vocab: loaded.model.hparams().n_vocab,
             n_ubatch: loaded.sizes.n_ubatch,
             work: loaded.backend.work(&plan),
+            read_bytes: BTreeMap::new(),
         })
     }
 
@@ -96,11 +99,17 @@ impl Rig {
             self.out.output.iter().all(|x| x.is_finite()),
             "logits that are not finite: nothing to measure"
         );
+        self.read_bytes.insert(tokens.len(), self.work.read_bytes(self.out.n_experts_read));
         for fork in forks {
             self.memory.commit(fork, 1);
             self.memory.free(fork);
         }
         Ok(seconds)
+    }
+
+    /// Bytes of the weights that a forward of `n` rows reads: with experts, the more the more rows there are.
+    pub fn read_bytes(&self, n: usize) -> u64 {
+        self.read_bytes.get(&n).copied().unwrap_or(self.work.weight_bytes)
     }
 
     /// Seconds that `drafter` takes to read along with `n` rows that became final.

@@ -27,9 +27,29 @@ fn a_pair_is_converted_and_runs() {
     let err =
         paceline(&["run", "-md", &drafter, "-p", "x"]).fails_with(&["drafter.gguf", "vocabulary", "131"]);
     assert!(err.contains("hint:"), "{err}");
-    // A drafter is no target, and a target no drafter.
+    // A drafter is no target. A target can draft, for itself too, where it is right every time.
     paceline(&["run", "-m", &drafter, "-p", "x"]).fails_with(&["-md"]);
-    paceline(&["run", "-m", &target, "-md", &target, "-p", "x"]).fails_with(&["is not a drafter"]);
+    let itself = run(&["-md", &target, "--draft-fixed"]);
+    assert_eq!((&itself["tokens"], &itself["speculation"]["drafter"]), (&plain["tokens"], &"draft".into()));
+    assert_eq!(itself["timings"]["draft_n"], itself["timings"]["draft_n_accepted"], "{itself}");
+}
+
+#[test]
+fn a_prediction_head_is_kept_and_drafts() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("target.gguf").to_str().unwrap().to_string();
+    paceline(&["convert", &repo_str("goldens/qwen35-mtp"), &target, "--type", "f32"]).ok();
+    let run = |more: &[&str]| {
+        let args = ["run", "-m", &target, "-p", "hello", "--raw", "-n", "24", "--temp", "0", "--json"];
+        paceline(&[&args[..], more].concat()).json()
+    };
+    let (plain, drafted) = (run(&[]), run(&["--spec-type", "draft-mtp", "--draft-fixed"]));
+    assert_eq!(plain["speculation"]["state"], "no_drafter");
+    assert_eq!(plain["tokens"], drafted["tokens"]);
+    assert_eq!(drafted["speculation"]["drafter"], "draft-mtp");
+    assert_eq!(drafted["speculation"]["by_position"].as_array().map(Vec::len), Some(3), "its own habit");
+    let several = run(&["--spec-type", "mtp,ngram,draft", "-md", &target]);
+    assert_eq!(plain["tokens"], several["tokens"]);
 }
 
 #[test]

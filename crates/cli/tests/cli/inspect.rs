@@ -30,6 +30,23 @@ fn a_target() {
 }
 
 #[test]
+fn a_mixture_of_experts() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("experts.gguf").display().to_string();
+    paceline(&["convert", &repo_str("goldens/qwen3moe"), &file, "--type", "f32"]).ok();
+    let shown = paceline(&["inspect", &file, "--json", "--tensors"]).json();
+    // Gate, up and down of 7 experts in 4 layers, in F32.
+    let bytes = 4 * 4 * 7 * 3 * 48 * 28;
+    assert_eq!((&shown["experts"]["count"], &shown["experts"]["used"]), (&7.into(), &3.into()));
+    assert_eq!(shown["experts"]["bytes"], bytes);
+    let all: u64 = shown["tensors"].as_array().unwrap().iter().filter_map(|t| t["bytes"].as_u64()).sum();
+    assert_eq!(shown["experts"]["token_bytes"], all - bytes + bytes * 3 / 7);
+    let out = paceline(&["inspect", &file]).ok();
+    assert!(out.contains("3 of 7 for a token, which reads"), "{out}");
+    assert!(paceline(&["inspect", &repo_str(TARGET), "--json"]).json()["experts"].is_null());
+}
+
+#[test]
 fn a_drafter_with_and_without_its_target() {
     let alone = paceline(&["inspect", &repo_str(DRAFTER)]).ok();
     let checked = paceline(&["inspect", &repo_str(DRAFTER), "--target", &repo_str(TARGET)]).ok();

@@ -25,6 +25,10 @@ fn the_drafter_changes_no_letter() {
             assert_eq!(text(&args(&[])), plain);
             assert_eq!(text(&args(&["--spec-draft-n-max", "3"])), plain);
             assert_eq!(text(&args(&["--spec-type", "none"])), plain);
+            for kinds in ["ngram-simple", "dflash,ngram-simple"] {
+                assert_eq!(text(&args(&["--spec-type", kinds])), plain, "{kinds}");
+                assert_eq!(text(&args(&["--spec-type", kinds, "--draft-fixed"])), plain, "{kinds}");
+            }
             // Token by token, thoughts and their tags included.
             let shown = text(&args(&["--show-draft"]));
             assert!(shown.trim().ends_with(plain.trim()), "{shown}");
@@ -34,8 +38,10 @@ fn the_drafter_changes_no_letter() {
 
 #[test]
 fn figures_say_what_speculation_did() {
-    let with = paceline(&["run", "-p", PROMPTS[0], "-n", "60", "--temp", "0", "--json"]).json();
+    let args = ["run", "-p", PROMPTS[0], "-n", "60", "--temp", "0", "--json", "--draft-fixed"];
+    let with = paceline(&args).json();
     assert_eq!(with["speculation"]["state"], "active");
+    assert_eq!(with["speculation"]["drafter"], "dflash");
     let (n, accepted) = (&with["timings"]["draft_n"], &with["timings"]["draft_n_accepted"]);
     assert!(n.as_u64() > accepted.as_u64() && accepted.as_u64() > Some(0), "{with}");
     let by_position = with["speculation"]["by_position"].as_array().unwrap();
@@ -52,8 +58,8 @@ fn figures_say_what_speculation_did() {
     assert!(without["timings"].get("draft_n").is_none());
     assert_eq!(with["tokens"], without["tokens"]);
 
-    let said = paceline(&["run", "-p", "hi", "-n", "8"]).err;
-    assert!(said.contains("tok/s") && said.contains("speculation: active"), "{said}");
+    let said = paceline(&["run", "-p", "hi", "-n", "8", "--draft-fixed"]).err;
+    assert!(said.contains("tok/s") && said.contains("speculation: dflash active"), "{said}");
 }
 
 #[test]

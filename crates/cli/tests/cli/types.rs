@@ -52,7 +52,7 @@ fn logits(path: &str) -> (Vec<f32>, usize) {
     let model = paceline_models::load(&file, &backend).unwrap_or_else(|error| panic!("{path}: {error}"));
     let mut plan = PlanBuilder::new(&[]);
     let head = model.record(&mut plan);
-    let config = StateConfig { kv_type: KvType::F32, ..StateConfig::default() };
+    let config = StateConfig { kv: KvType::F32.into(), ..StateConfig::default() };
     let states = backend.alloc_states(model.states(), config).unwrap();
     let mut exec = backend.compile(Arc::new(plan.finish(Some(head))), &states).unwrap();
     let mut memory = Memory::new(states, 4096);
@@ -99,7 +99,7 @@ fn check(path: &str, bound: f64, floor: f64) {
         let args = ["run", "-m", path, "-p", prompt, "-n", "96", "--temp", "0", "--json"];
         paceline(&[&args[..], drafting].concat()).json()
     };
-    let (drafted, plain) = (run(&["-md", &drafter]), run(&["--no-draft"]));
+    let (drafted, plain) = (run(&["-md", &drafter, "--draft-fixed"]), run(&["--no-draft"]));
     assert_eq!(drafted["tokens"], plain["tokens"], "{path}");
     let accept_len = drafted["speculation"]["accept_len"].as_f64().unwrap();
     eprintln!("{path}: divergence {divergence:.6}, {accept_len:.2} tokens per forward");

@@ -29,8 +29,18 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server on a free port with the bundled model and waits until it is well.
+    /// Starts a server on a free port with the bundled model and waits until it is well. Its drafts have full length
+    /// whatever they cost here, so that what is accepted is the same from run to run.
     pub fn start(flags: &str) -> Server {
+        Server::launch(&format!("{flags} --draft-fixed"))
+    }
+
+    /// Starts one that drafts as far as that pays here.
+    pub fn planning(flags: &str) -> Server {
+        Server::launch(flags)
+    }
+
+    fn launch(flags: &str) -> Server {
         let mut command = Command::new(env!("CARGO_BIN_EXE_paceline"));
         command.args(["serve", "--host", "127.0.0.1", "--port", "0"]).args(flags.split_whitespace());
         // Settings of whoever runs the tests are not the tests' business.

@@ -245,3 +245,20 @@ fn what_speculation_did_is_said() {
     assert_eq!(without.metric("paceline:drafter_active{type=\"none\"}"), 0.0);
     assert_eq!(without.metric("llamacpp:spec_decode_num_draft_tokens_total"), 0.0);
 }
+
+/// How much is drafted follows the clock; the answers do not.
+#[test]
+fn planning_changes_no_answer() {
+    let fixed = Server::shared("-np 2");
+    for flags in ["-np 2", "-np 2 --spec-type dflash,ngram-simple"] {
+        let server = Server::planning(flags);
+        for more in [json!({}), json!({"temperature": 0.8, "n_predict": 300, "ignore_eos": true})] {
+            let reply = server.ok("/completion", &native_body(chat_prompt(ASKED[2]), &more));
+            let (answer, _) = of_native(&reply);
+            assert_eq!(native(&fixed, chat_prompt(ASKED[2]), &more).0, answer, "{flags} {more}");
+            let state = reply["speculative"]["state"].as_str().unwrap_or_default();
+            assert!(["active", "resting"].contains(&state), "{}", reply["speculative"]);
+        }
+        server.assert_clean();
+    }
+}

@@ -1,6 +1,7 @@
 //! What the decoder-only transformers of Hugging Face have in common: the sizes in the config, the keys that hold them, and
 //! the names of embedding, head, attention and gated MLP.
 
+use super::moe::Moe;
 use crate::Error;
 use crate::config::Config;
 use crate::layout::{Layout, Map, Order};
@@ -10,7 +11,10 @@ use crate::recipe::Recipe;
 pub(crate) struct Decoder {
     pub(crate) n_layer: usize,
     pub(crate) n_embd: usize,
+    /// Width of the MLP; 0 if no layer has one.
     pub(crate) n_ff: usize,
+    /// The mixture of experts that some or all layers have instead.
+    pub(crate) moe: Option<Moe>,
     pub(crate) n_head: usize,
     pub(crate) n_head_kv: usize,
     pub(crate) head_dim: usize,
@@ -49,10 +53,17 @@ impl Decoder {
         };
         let act = config.opt_str("hidden_act")?.unwrap_or("silu");
         config.refuse("hidden_act", act != "silu", "`silu`")?;
+        let moe = Moe::read(config)?;
+        let n_ff = match (config.opt_usize("intermediate_size")?, &moe) {
+            (Some(n_ff), _) => n_ff,
+            (None, Some(_)) => 0,
+            (None, None) => config.usize("intermediate_size")?,
+        };
         Ok(Decoder {
             n_layer: config.usize("num_hidden_layers")?,
             n_embd,
-            n_ff: config.usize("intermediate_size")?,
+            n_ff,
+            moe,
             n_head,
             n_head_kv,
             head_dim,
@@ -67,7 +78,12 @@ impl Decoder {
         recipe.size_key("block_count", self.n_layer);
         recipe.size_key("context_length", self.n_ctx);
         recipe.size_key("embedding_length", self.n_embd);
-        recipe.size_key("feed_forward_length", self.n_ff);
+        if self.n_ff > 0 {
+            recipe.size_key("feed_forward_length", self.n_ff);
+        }
+        if let Some(moe) = &self.moe {
+            moe.write_keys(recipe);
+        }
         recipe.size_key("attention.head_count", self.n_head);
         recipe.size_key("attention.head_count_kv", self.n_head_kv);
         recipe.size_key("attention.key_length", self.head_dim);
@@ -146,8 +162,15 @@ impl Decoder {
         Ok(())
     }
 
-    /// The gated MLP.
-    pub(crate) fn mlp(&self, recipe: &mut Recipe, il: usize, layer: &str) -> Result<(), Error> {
+    /// The gated MLP, or the experts in its place.
+    pub(crate) fn ffn(&self, recipe: &mut Recipe, il: usize, layer: &str) -> Result<(), Error> {
+        match &self.moe {
+            Some(moe) if moe.is_in(il) => moe.tensors(recipe, self.n_embd, il, layer),
+            _ => self.mlp(recipe, il, layer),
+        }
+    }
+
+    fn mlp(&self, recipe: &mut Recipe, il: usize, layer: &str) -> Result<(), Error> {
         let (n_embd, n_ff) = (self.n_embd, self.n_ff);
         for (part, shape) in [("gate", [n_ff, n_embd]), ("up", [n_ff, n_embd]), ("down", [n_embd, n_ff])] {
             let (name, tensor) =

@@ -12,7 +12,7 @@
 //! | none of these | nothing: full and not causal |
 
 use super::decoder::Decoder;
-use super::qwen3::dense_layer;
+use super::qwen3::decoder_layer;
 use super::{Family, Target};
 use crate::Error;
 use crate::config::Config;
@@ -94,7 +94,7 @@ fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Resul
     )?;
     recipe.optional_tensor("output.weight", "lm_head.weight", &[n_vocab, n_embd], Layout::SAME)?;
     for il in 0..decoder.n_layer {
-        dense_layer(recipe, &decoder, il, &format!("{root}layers.{il}."))?;
+        decoder_layer(recipe, &decoder, il, &format!("{root}layers.{il}."))?;
     }
     Ok(())
 }

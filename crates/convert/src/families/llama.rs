@@ -58,7 +58,7 @@ fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(),
                 (format!("blk.{il}.attn_{name}.bias"), format!("{layer}self_attn.{part}_proj.bias"));
             recipe.optional_tensor(&name, &tensor, &[n], Layout::cols(order))?;
         }
-        decoder.mlp(recipe, il, &layer)?;
+        decoder.ffn(recipe, il, &layer)?;
     }
     recipe.skip("computed from the config", |name| name.ends_with(".rotary_emb.inv_freq"));
     Ok(())

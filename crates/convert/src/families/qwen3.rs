@@ -10,7 +10,7 @@ use crate::recipe::Recipe;
 pub(super) const FAMILY: Family =
     Family { arch: "qwen3", architectures: &["Qwen3ForCausalLM"], drafts: false, write };
 
-fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
+pub(super) fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
     let decoder = Decoder::read(config, 1.0)?;
     decoder.rope.check_kind(&["default", "linear", "yarn"])?;
     config.refuse("use_sliding_window", config.flag("use_sliding_window")?, "no sliding window")?;
@@ -21,13 +21,13 @@ fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(),
     decoder.ends(recipe, config, root, Map::Same)?;
     for il in 0..decoder.n_layer {
         let layer = format!("{root}layers.{il}.");
-        dense_layer(recipe, &decoder, il, &layer)?;
+        decoder_layer(recipe, &decoder, il, &layer)?;
     }
     Ok(())
 }
 
 /// One layer, as the DFlash drafters have it too.
-pub(super) fn dense_layer(
+pub(super) fn decoder_layer(
     recipe: &mut Recipe,
     decoder: &Decoder,
     il: usize,
@@ -46,5 +46,5 @@ pub(super) fn dense_layer(
     recipe.tensor(&q, &tensor, &[decoder.n_head * decoder.head_dim, n_embd], Layout::SAME)?;
     decoder.attention(recipe, il, layer, Order::Same)?;
     decoder.head_norms(recipe, il, layer, Map::Same)?;
-    decoder.mlp(recipe, il, layer)
+    decoder.ffn(recipe, il, layer)
 }

@@ -21,15 +21,12 @@ pub(super) const FAMILY: Family = Family {
 const LINEAR: &str = "linear_attention";
 const FULL: &str = "full_attention";
 
-fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
+pub(super) fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
     let decoder = Decoder::read(config, 0.25)?;
     decoder.rope.check_kind(&["default"])?;
-    let gate_off = config.opt_bool("attn_output_gate")? == Some(false);
-    config.refuse("attn_output_gate", gate_off, "attention with an output gate")?;
-    let delta = DeltaNet::read(config)?;
-    let is_linear = layer_kinds(config, decoder.n_layer)?;
-
-    decoder.write_keys(recipe);
+    let hybrid = Hybrid::read(config, decoder)?;
+    hybrid.write_keys(recipe);
+    let decoder = &hybrid.decoder;
     if let Some(sections) =
         decoder.rope.parameters.as_ref().map(|rope| rope.opt_ids("mrope_section")).transpose()?.flatten()
     {
@@ -37,52 +34,126 @@ fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(),
         sections.resize(sections.len().max(4), 0);
         recipe.key("rope.dimension_sections", sections);
     }
-    recipe.size_key("ssm.conv_kernel", delta.conv_width);
-    recipe.size_key("ssm.state_size", delta.head_dim);
-    recipe.size_key("ssm.group_count", delta.n_key);
-    recipe.size_key("ssm.time_step_rank", delta.n_value);
-    recipe.size_key("ssm.inner_size", delta.n_value * delta.head_dim);
-    match interval(&is_linear) {
-        Some(interval) => recipe.size_key("full_attention_interval", interval),
-        None => recipe.key("attention.recurrent_layers", is_linear.clone()),
+    hybrid.tensors(recipe, config, DeltaNet::tensors)
+}
+
+/// Layers with a delta rule and layers with gated attention, as all these families have them.
+pub(super) struct Hybrid {
+    decoder: Decoder,
+    delta: DeltaNet,
+    /// For each layer, whether it is one with a delta rule.
+    is_linear: Vec<bool>,
+}
+
+impl Hybrid {
+    pub(super) fn read(config: &Config, decoder: Decoder) -> Result<Hybrid, Error> {
+        let gate_off = config.opt_bool("attn_output_gate")? == Some(false);
+        config.refuse("attn_output_gate", gate_off, "attention with an output gate")?;
+        let is_linear = layer_kinds(config, decoder.n_layer)?;
+        Ok(Hybrid { decoder, delta: DeltaNet::read(config)?, is_linear })
     }
 
-    let root = root(recipe);
-    decoder.ends(recipe, config, root, Map::AddOne)?;
-    for (il, &is_linear) in is_linear.iter().enumerate() {
-        let layer = format!("{root}layers.{il}.");
-        for (name, norm) in
-            [("attn_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm")]
-        {
-            let (name, tensor) = (format!("blk.{il}.{name}.weight"), format!("{layer}{norm}.weight"));
-            recipe.tensor(&name, &tensor, &[decoder.n_embd], Layout::map(Map::AddOne))?;
+    pub(super) fn write_keys(&self, recipe: &mut Recipe) {
+        let Hybrid { decoder, delta, is_linear } = self;
+        decoder.write_keys(recipe);
+        recipe.size_key("ssm.conv_kernel", delta.conv_width);
+        recipe.size_key("ssm.state_size", delta.head_dim);
+        recipe.size_key("ssm.group_count", delta.n_key);
+        recipe.size_key("ssm.time_step_rank", delta.n_value);
+        recipe.size_key("ssm.inner_size", delta.n_value * delta.head_dim);
+        match interval(is_linear) {
+            Some(interval) => recipe.size_key("full_attention_interval", interval),
+            None => recipe.key("attention.recurrent_layers", is_linear.clone()),
         }
-        if is_linear {
-            delta.tensors(recipe, decoder.n_embd, il, &layer)?;
-        } else {
-            // Each head has its query rows and then its gate rows.
-            let (name, tensor) =
-                (format!("blk.{il}.attn_q.weight"), format!("{layer}self_attn.q_proj.weight"));
-            let n_q = 2 * decoder.n_head * decoder.head_dim;
-            recipe.tensor(&name, &tensor, &[n_q, decoder.n_embd], Layout::SAME)?;
-            decoder.attention(recipe, il, &layer, Order::Same)?;
-            decoder.head_norms(recipe, il, &layer, Map::AddOne)?;
-        }
-        decoder.mlp(recipe, il, &layer)?;
     }
-    recipe.skip("multi-token prediction is not used yet", |name| name.starts_with("mtp."));
-    recipe.skip("not part of the text model", |name| {
-        name.starts_with("model.visual.") || name.starts_with("visual.")
-    });
-    Ok(())
+
+    /// All tensors; `delta_net` names those of a delta rule, given the width of the input, the layer and its prefix.
+    pub(super) fn tensors(
+        &self,
+        recipe: &mut Recipe,
+        config: &Config,
+        delta_net: impl Fn(&DeltaNet, &mut Recipe, usize, usize, &str) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Hybrid { decoder, delta, is_linear } = self;
+        let root = root(recipe);
+        decoder.ends(recipe, config, root, Map::AddOne)?;
+        for (il, &is_linear) in is_linear.iter().enumerate() {
+            let layer = format!("{root}layers.{il}.");
+            for (name, norm) in
+                [("attn_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm")]
+            {
+                let (name, tensor) = (format!("blk.{il}.{name}.weight"), format!("{layer}{norm}.weight"));
+                recipe.tensor(&name, &tensor, &[decoder.n_embd], Layout::map(Map::AddOne))?;
+            }
+            if is_linear {
+                delta_net(delta, recipe, decoder.n_embd, il, &layer)?;
+            } else {
+                // Each head has its query rows and then its gate rows.
+                let (name, tensor) =
+                    (format!("blk.{il}.attn_q.weight"), format!("{layer}self_attn.q_proj.weight"));
+                let n_q = 2 * decoder.n_head * decoder.head_dim;
+                recipe.tensor(&name, &tensor, &[n_q, decoder.n_embd], Layout::SAME)?;
+                decoder.attention(recipe, il, &layer, Order::Same)?;
+                decoder.head_norms(recipe, il, &layer, Map::AddOne)?;
+            }
+            decoder.ffn(recipe, il, &layer)?;
+        }
+        prediction_head(recipe, config, decoder, is_linear)?;
+        recipe.skip("not part of the text model", |name| {
+            name.starts_with("model.visual.") || name.starts_with("visual.")
+        });
+        Ok(())
+    }
+}
+
+/// The prediction head becomes one more block behind the layers, as other programs write it too. Checkpoints that were
+/// saved again often lost it, whatever their config says.
+fn prediction_head(
+    recipe: &mut Recipe,
+    config: &Config,
+    decoder: &Decoder,
+    is_linear: &[bool],
+) -> Result<(), Error> {
+    if !recipe.checkpoint.has("mtp.fc.weight") {
+        return Ok(());
+    }
+    if config.opt_usize("mtp_num_hidden_layers")?.unwrap_or(1) != 1 {
+        recipe.skip("prediction heads of several layers are not used yet", |name| name.starts_with("mtp."));
+        return Ok(());
+    }
+    let (il, n_embd, layer) = (decoder.n_layer, decoder.n_embd, "mtp.layers.0.");
+    recipe.size_key("block_count", il + 1);
+    recipe.size_key("nextn_predict_layers", 1);
+    if interval(is_linear).is_none() {
+        recipe.key("attention.recurrent_layers", [is_linear, &[false]].concat());
+    }
+    let block = |name: &str| format!("blk.{il}.{name}.weight");
+    // Columns: those of the embedding, then those of the state.
+    recipe.tensor(&block("nextn.eh_proj"), "mtp.fc.weight", &[n_embd, 2 * n_embd], Layout::SAME)?;
+    for (name, norm) in [
+        ("nextn.enorm", "mtp.pre_fc_norm_embedding"),
+        ("nextn.hnorm", "mtp.pre_fc_norm_hidden"),
+        ("nextn.shared_head_norm", "mtp.norm"),
+        ("attn_norm", "mtp.layers.0.input_layernorm"),
+        ("post_attention_norm", "mtp.layers.0.post_attention_layernorm"),
+    ] {
+        recipe.tensor(&block(name), &format!("{norm}.weight"), &[n_embd], Layout::map(Map::AddOne))?;
+    }
+    let (table, n_vocab) = (block("nextn.embed_tokens"), recipe.n_vocab);
+    recipe.optional_tensor(&table, "mtp.embed_tokens.weight", &[n_vocab, n_embd], Layout::SAME)?;
+    let n_q = 2 * decoder.n_head * decoder.head_dim;
+    recipe.tensor(&block("attn_q"), "mtp.layers.0.self_attn.q_proj.weight", &[n_q, n_embd], Layout::SAME)?;
+    decoder.attention(recipe, il, layer, Order::Same)?;
+    decoder.head_norms(recipe, il, layer, Map::AddOne)?;
+    decoder.ffn(recipe, il, layer)
 }
 
 /// Sizes of the gated delta rule.
-struct DeltaNet {
-    n_key: usize,
-    n_value: usize,
-    head_dim: usize,
-    conv_width: usize,
+pub(super) struct DeltaNet {
+    pub(super) n_key: usize,
+    pub(super) n_value: usize,
+    pub(super) head_dim: usize,
+    pub(super) conv_width: usize,
 }
 
 impl DeltaNet {

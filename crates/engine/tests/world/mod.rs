@@ -1,14 +1,21 @@
 //! An engine over the hash model, its requests, and the check that every one of them got what it gets alone.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
-use paceline_backend::StateConfig;
+use paceline_backend::{Exec, StateConfig, Step as Forward, StepOut, Tap};
 use paceline_engine::{
     CacheConfig, Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, SpeculationNote,
     Stats, Step, SubmitError, TokenOut,
 };
-use paceline_spec::Drafter;
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, SeqId};
 use paceline_testkit::{
     Answer, End, HashKind, HashModel, HashStates, Log, Recorder, Token, alone, letters_vocab, tiny_vocab,
 };
@@ -71,12 +78,89 @@ impl Sizes {
     }
 }
 
+/// A drafter under the eyes of a [`Recorder`].
+pub fn watched<D: Drafter + 'static>(model: &HashModel, drafter: D) -> (Box<dyn Drafter>, Log) {
+    let (recorder, log) = Recorder::new(model.clone(), drafter);
+    (Box::new(recorder), log)
+}
+
+/// What things cost on a clock that nothing else moves, in microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Prices {
+    pub forward: u64,
+    pub row: u64,
+    pub draft: u64,
+}
+
+struct Priced {
+    inner: Box<dyn Exec>,
+    time: Arc<AtomicU64>,
+    prices: Prices,
+}
+
+impl Exec for Priced {
+    fn run(&mut self, step: &Forward<'_>, out: &mut StepOut) {
+        let cost = self.prices.forward + self.prices.row * step.n_rows() as u64;
+        self.time.fetch_add(cost, Ordering::Relaxed);
+        self.inner.run(step, out);
+    }
+}
+
+struct PricedDrafter {
+    inner: Box<dyn Drafter>,
+    time: Arc<AtomicU64>,
+    prices: Prices,
+}
+
+impl Drafter for PricedDrafter {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+    fn contract(&self) -> String {
+        self.inner.contract()
+    }
+    fn taps(&self) -> &[Tap] {
+        self.inner.taps()
+    }
+    fn n_draft_max(&self) -> usize {
+        self.inner.n_draft_max()
+    }
+    fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft> {
+        self.time.fetch_add(self.prices.draft, Ordering::Relaxed);
+        self.inner.draft(requests)
+    }
+    fn commit(&mut self, kept: &[Kept<'_>]) {
+        self.inner.commit(kept);
+    }
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        self.inner.fork(from, to, len)
+    }
+    fn forks_anywhere(&self) -> bool {
+        self.inner.forks_anywhere()
+    }
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        self.inner.export(seq)
+    }
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        self.inner.import(seq, len, bytes)
+    }
+    fn forget(&mut self, seq: SeqId) {
+        self.inner.forget(seq);
+    }
+    fn state_bytes(&self) -> usize {
+        self.inner.state_bytes()
+    }
+    fn resting_bytes(&self) -> usize {
+        self.inner.resting_bytes()
+    }
+}
+
 /// An engine, and everything that was asked of it and told by it.
 pub struct World {
     pub model: HashModel,
     pub engine: Engine,
     pub states: Arc<HashStates>,
-    pub log: Option<Log>,
+    pub logs: Vec<Log>,
     pub requests: HashMap<RequestId, Request>,
     pub told: HashMap<RequestId, Told>,
     pub n_step: usize,
@@ -88,16 +172,31 @@ pub struct World {
 impl World {
     /// An engine for `model`, its drafter under the eyes of a [`Recorder`].
     pub fn new<D: Drafter + 'static>(model: HashModel, drafter: Option<D>, sizes: Sizes) -> World {
+        let drafters = drafter.map(|drafter| watched(&model, drafter));
+        World::several(model, drafters.into_iter().collect(), sizes, None)
+    }
+
+    /// One with any number of drafters that are [`watched`], and with a planner if steps have prices.
+    pub fn several(
+        model: HashModel,
+        drafters: Vec<(Box<dyn Drafter>, Log)>,
+        sizes: Sizes,
+        prices: Option<Prices>,
+    ) -> World {
         let vocab = match model.n_vocab == tiny_vocab().len() {
             true => tiny_vocab(),
             false => letters_vocab(model.n_vocab),
         };
         let config = StateConfig { page_len: sizes.page_len, n_tentative_max: 15, ..StateConfig::default() };
-        let (target, states) = model.target(config, sizes.n_cell_max);
-        let (drafter, log) = match drafter.map(|inner| Recorder::new(model.clone(), inner)) {
-            Some((recorder, log)) => (Some(Box::new(recorder) as Box<dyn Drafter>), Some(log)),
-            None => (None, None),
-        };
+        let (mut target, states) = model.target(config, sizes.n_cell_max);
+        let (mut drafters, logs): (Vec<Box<dyn Drafter>>, Vec<Log>) = drafters.into_iter().unzip();
+        let time = Arc::new(AtomicU64::new(0));
+        if let Some(prices) = prices {
+            target.exec = Box::new(Priced { inner: target.exec, time: time.clone(), prices });
+            let priced =
+                |inner| Box::new(PricedDrafter { inner, time: time.clone(), prices }) as Box<dyn Drafter>;
+            drafters = drafters.into_iter().map(priced).collect();
+        }
         let config = EngineConfig {
             n_slot: sizes.n_slot,
             n_ctx: sizes.n_ctx,
@@ -108,11 +207,16 @@ impl World {
             check_memory: true,
             ..EngineConfig::default()
         };
+        let mut engine = Engine::new(target, drafters, vocab.clone(), config);
+        if prices.is_some() {
+            let clock = move || Duration::from_micros(time.load(Ordering::Relaxed));
+            engine = engine.with_clock(Box::new(clock)).with_planner();
+        }
         World {
-            engine: Engine::new(target, drafter, vocab.clone(), config),
+            engine,
             model,
             states,
-            log,
+            logs,
             requests: HashMap::new(),
             told: HashMap::new(),
             n_step: 0,
@@ -218,7 +322,7 @@ impl World {
         assert_eq!(self.states.n_saved(), 0, "no saved state stays behind");
         let traffic = self.states.traffic();
         assert_eq!((self.states.n_page(), traffic.n_alloc), (0, traffic.n_release), "no page stays behind");
-        if let (Some(log), Some(drafter)) = (&self.log, self.engine.drafter()) {
+        for (log, drafter) in self.logs.iter().zip(self.engine.drafters()) {
             assert_eq!((log.n_live(), drafter.state_bytes()), (0, 0), "the drafter forgot everybody");
         }
     }
@@ -269,9 +373,9 @@ impl World {
             stats.by_position.iter().fold((0, 0), |(d, a), (drafted, accepted)| (d + drafted, a + accepted));
         assert_eq!((drafted, accepted), (stats.n_draft, stats.n_accepted), "{id:?}: by position");
         let is_off = request.n_draft_max == Some(0) || self.sizes.n_draft_max == 0;
-        let plain = self.log.is_none() || is_off;
+        let plain = self.logs.is_empty() || is_off;
         assert!(!plain || (stats.n_draft == 0 && stats.n_verify == told.tokens.len()), "{id:?}: {stats:?}");
-        let note = match (&stats.speculation, self.log.is_some(), is_off) {
+        let note = match (&stats.speculation, !self.logs.is_empty(), is_off) {
             (SpeculationNote::NoDrafter, has_drafter, _) => !has_drafter,
             (SpeculationNote::OffByRequest, has_drafter, is_off) => has_drafter && is_off,
             (_, has_drafter, is_off) => has_drafter && !is_off,

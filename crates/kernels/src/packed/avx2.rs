@@ -7,12 +7,14 @@
 //! activations: `2 · 128 · 127` fits. Every sum is exact, and so equal to the other twins'.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::float::FloatFormat;
 use super::format::IntFormat;
 use super::isa::{self, Isa};
-use super::product::{TileCall, TileFn};
-use super::rows::{ActBlock, Grain};
+use super::matrix::PackedMatrix;
+use super::product::{self, Place, TileCall, TileFn};
+use super::rows::{ActBlock, Grain, QuantRows};
 use super::table::PackedTable;
 
 /// The tables that this CPU has all it needs for.
@@ -23,10 +25,15 @@ pub fn tables() -> Vec<PackedTable> {
     let vnni = plain && is_x86_feature_detected!("avxvnni");
     let mut tables = Vec::new();
     if plain {
-        tables.push(PackedTable { isa: "avx2", kernels: |format| format.kernels.avx2, fill });
+        tables.push(PackedTable { isa: "avx2", kernels: |format| format.kernels.avx2, product, fill });
     }
     if vnni {
-        tables.push(PackedTable { isa: "avx2-vnni", kernels: |format| format.kernels.avx_vnni, fill });
+        tables.push(PackedTable {
+            isa: "avx2-vnni",
+            kernels: |format| format.kernels.avx_vnni,
+            product,
+            fill,
+        });
     }
     tables
 }
@@ -78,6 +85,20 @@ unsafe fn floats<F: FloatFormat, const NC: usize, const NV: usize>(call: &TileCa
 unsafe fn vnni<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
     unsafe { isa::tile::<Vnni, F, NC, NV>(call) }
+}
+
+/// # Safety
+/// As for [`product::product`]; and this CPU has the instructions.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn product(
+    kernels: &[TileFn],
+    w: &PackedMatrix,
+    groups: Range<usize>,
+    x: &QuantRows,
+    place: Place<'_>,
+) {
+    // SAFETY: by contract.
+    unsafe { product::product(kernels, w, groups, x, place) }
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {
@@ -254,7 +275,7 @@ impl Isa for Plain {
     #[inline(always)]
     fn prefetch(at: *const u8) {
         // SAFETY: a hint, without effect on memory and without faults whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
 

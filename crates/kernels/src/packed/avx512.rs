@@ -1,12 +1,14 @@
-//! Packed kernels for AVX-512 with VNNI: a strip in a vector, both strips together, four multiplications in a lane at a time.
+//! Packed kernels for AVX-512 with VNNI: a strip in a vector, four multiplications in a lane at a time.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::float::FloatFormat;
 use super::format::IntFormat;
 use super::isa::{self, Isa};
-use super::product::{TileCall, TileFn};
-use super::rows::{ActBlock, Grain};
+use super::matrix::PackedMatrix;
+use super::product::{self, Place, TileCall, TileFn};
+use super::rows::{ActBlock, Grain, QuantRows};
 use super::table::PackedTable;
 
 /// This instruction set's kernels: none unless this CPU has all it needs.
@@ -16,16 +18,29 @@ pub fn table() -> Option<PackedTable> {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vnni");
-    detected.then_some(PackedTable { isa: "avx512", kernels: |format| format.kernels.avx512, fill })
+    detected.then_some(PackedTable { isa: "avx512", kernels: |format| format.kernels.avx512, product, fill })
 }
 
-/// Kernels for one to six columns: twelve integer sums and twelve of floats leave eight registers. With eight columns some of
-/// them live in memory, and two passes of four are faster.
+/// Kernels for one to twelve columns, a strip at a time: twelve integer sums and twelve of floats leave eight registers. A strip is
+/// read from its first line to its last, which is what hardware that fetches ahead recognises.
 pub const fn tiles<F: IntFormat>() -> &'static [TileFn] {
-    &[tile::<F, 1, 2>, tile::<F, 2, 2>, tile::<F, 3, 2>, tile::<F, 4, 2>, tile::<F, 5, 2>, tile::<F, 6, 2>]
+    &[
+        tile::<F, 1>,
+        tile::<F, 2>,
+        tile::<F, 3>,
+        tile::<F, 4>,
+        tile::<F, 5>,
+        tile::<F, 6>,
+        tile::<F, 7>,
+        tile::<F, 8>,
+        tile::<F, 9>,
+        tile::<F, 10>,
+        tile::<F, 11>,
+        tile::<F, 12>,
+    ]
 }
 
-/// The same for formats of floats, which have four sums in registers for each column.
+/// The same for formats of floats, which have two sums in registers for each column.
 pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
     &[
         float_tile::<F, 1>,
@@ -34,19 +49,39 @@ pub const fn float_tiles<F: FloatFormat>() -> &'static [TileFn] {
         float_tile::<F, 4>,
         float_tile::<F, 5>,
         float_tile::<F, 6>,
+        float_tile::<F, 7>,
+        float_tile::<F, 8>,
+        float_tile::<F, 9>,
+        float_tile::<F, 10>,
+        float_tile::<F, 11>,
+        float_tile::<F, 12>,
     ]
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
-unsafe fn tile<F: IntFormat, const NC: usize, const NV: usize>(call: &TileCall) {
+unsafe fn tile<F: IntFormat, const NC: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::tile::<I32x16, F, NC, NV>(call) }
+    unsafe { isa::tile::<I32x16, F, NC, 1>(call) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
 unsafe fn float_tile<F: FloatFormat, const NC: usize>(call: &TileCall) {
     // SAFETY: the features are enabled here, the rest is the contract of `TileFn`.
-    unsafe { isa::float_tile::<I32x16, F, NC, 2>(call) }
+    unsafe { isa::float_tile::<I32x16, F, NC, 1>(call) }
+}
+
+/// # Safety
+/// As for [`product::product`]; and this CPU has the instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+unsafe fn product(
+    kernels: &[TileFn],
+    w: &PackedMatrix,
+    groups: Range<usize>,
+    x: &QuantRows,
+    place: Place<'_>,
+) {
+    // SAFETY: by contract.
+    unsafe { product::product(kernels, w, groups, x, place) }
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {
@@ -202,6 +237,6 @@ impl Isa for I32x16 {
     #[inline(always)]
     fn prefetch(at: *const u8) {
         // SAFETY: a hint, without effect on memory and without faults whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }

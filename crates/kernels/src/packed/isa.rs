@@ -290,6 +290,9 @@ fn prefetch_lines<V: Isa, F: IntFormat, const NV: usize>(call: &TileCall, first:
         let n_turns = 8 * ROWS / V::LANES / NV;
         (ROWS / STRIP * Layout::of::<F>(8).bytes / 64).div_ceil(n_turns)
     };
+    if call.ahead.is_null() {
+        return;
+    }
     for line in i * per_sub / 8..(i + 1) * per_sub / 8 {
         let at = 64 * ((8 * (first / NV) + s) * per_sub + line);
         V::prefetch(call.ahead.wrapping_add(at));
@@ -304,6 +307,7 @@ fn prefetch_lines<V: Isa, F: IntFormat, const NV: usize>(call: &TileCall, first:
 pub unsafe fn float_tile<V: Isa, F: FloatFormat, const NC: usize, const NV: usize>(call: &TileCall) {
     let row_bytes = STRIP * F::BYTES;
     let strip_bytes = strip_bytes::<F>(call.n_inputs);
+    let lines = const { (2 * NV * V::LANES * F::BYTES).div_ceil(64) };
     for first in (0..ROWS / V::LANES).step_by(NV) {
         // SAFETY: by contract: a strip has `n_inputs` times sixteen weights, and a block as many values or more.
         unsafe {
@@ -321,9 +325,8 @@ pub unsafe fn float_tile<V: Isa, F: FloatFormat, const NC: usize, const NV: usiz
             }
             for pair in 0..call.n_inputs / 2 {
                 // Each vector asks for as many bytes as it reads.
-                for line in 0..(2 * NV * V::LANES * F::BYTES).div_ceil(64) {
-                    let lines_before =
-                        (first / NV * call.n_inputs / 2 + pair) * (2 * NV * V::LANES * F::BYTES).div_ceil(64);
+                for line in 0..if call.ahead.is_null() { 0 } else { lines } {
+                    let lines_before = (first / NV * call.n_inputs / 2 + pair) * lines;
                     V::prefetch(call.ahead.wrapping_add(64 * (lines_before + line)));
                 }
                 let mut w = [[V::splat(0.0); 2]; NV];

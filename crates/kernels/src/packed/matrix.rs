@@ -1,16 +1,18 @@
 //! A weight matrix in tiles: `tiles [n_out / 32, n_in / 256]`, one behind the other, in memory of its own.
 //!
-//! The memory is one anonymous mapping, in huge pages where the system grants them (a core reads those 8 to 27 % faster).
+//! The memory is a part of [`TileMemory`], one mapping for all matrices of a model: a matrix alone may be smaller than a huge page.
 //! The last group of rows is filled up with rows of zeros, whose products nobody sees; the last tile of a row is shorter
 //! where the row is not whole blocks of 256 (96 for formats of floats).
 
 use std::ops::Range;
 
-use memmap2::MmapMut;
+use std::sync::Arc;
+
 use paceline_gguf::GgmlType;
 
 use super::format::{PackedFormat, ROWS};
-use super::{Grain, format};
+use super::{Ahead, Grain, format};
+use crate::mapped::{LINE, Mapped};
 use crate::shared::SharedMut;
 use crate::team::Team;
 
@@ -37,13 +39,77 @@ pub struct PackedMatrix {
     n_out: usize,
     tile_bytes: usize,
     group_bytes: usize,
-    memory: MmapMut,
-    /// Where the tiles begin in `memory`.
-    start: usize,
+    /// All groups of tiles.
+    tiles: Region,
+    ahead: Ahead,
 }
 
-/// Packs the rows of a tensor, in parallel; `progress` is told how many bytes of it have been read, piece by piece, by
-/// several threads. `None` if the type has no packed form.
+/// Memory for the tiles of some matrices, which are read in the order in which they are packed into it.
+///
+/// Pages are committed when a matrix is packed, so a reservation costs nothing before that.
+pub struct TileMemory {
+    memory: Arc<Mapped>,
+    /// The part that no matrix has yet.
+    free: Range<usize>,
+}
+
+/// A part of a mapping that belongs to one matrix.
+struct Region {
+    memory: Arc<Mapped>,
+    range: Range<usize>,
+}
+
+impl Region {
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: inside the memory, which lives as long as this; `TileMemory` gives each byte to one region, and only
+        // `bytes_mut` writes it.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr().add(self.range.start), self.range.len()) }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.memory.as_ptr().add(self.range.start), self.range.len())
+        }
+    }
+}
+
+impl TileMemory {
+    /// Room for matrices of these sizes, as [`packed_bytes`] gives them. Regions lie on lines, as vectors are loaded from them.
+    ///
+    /// # Errors
+    /// What the system says if it has no memory.
+    pub fn reserve(sizes: impl Iterator<Item = usize>) -> std::io::Result<TileMemory> {
+        let bytes = sizes.map(|size| size.next_multiple_of(LINE)).sum();
+        Ok(TileMemory { memory: Arc::new(Mapped::zeroed(bytes)?), free: 0..bytes })
+    }
+
+    /// The next `bytes`, all zero.
+    fn take(&mut self, bytes: usize) -> Region {
+        let range = self.free.start..self.free.start + bytes;
+        assert!(range.end <= self.free.end, "{bytes} bytes of {:?} reserved ones", self.free);
+        self.free.start = range.end.next_multiple_of(LINE).min(self.free.end);
+        Region { memory: self.memory.clone(), range }
+    }
+}
+
+/// Bytes that `n_slab` matrices `[n_out, n_in]` take in [`TileMemory`], or `None` if the type has no packed form. `dims` as for
+/// [`pack_into`].
+pub fn packed_bytes(ty: GgmlType, [n_in, n_out, n_slab]: [usize; 3]) -> Option<usize> {
+    format(ty).map(|format| n_slab * n_out.div_ceil(ROWS) * group_bytes(format, n_in))
+}
+
+/// Bytes of a group of tiles: whole tiles, and a shorter one at the end.
+fn group_bytes(format: &PackedFormat, n_in: usize) -> usize {
+    let tile_len = format.grain.block_len();
+    let tail = match n_in % tile_len {
+        0 => 0,
+        n_inputs => (format.tile_bytes)(n_inputs),
+    };
+    n_in / tile_len * (format.tile_bytes)(tile_len) + tail
+}
+
+/// [`pack_into`] memory of its own.
 ///
 /// # Panics
 /// If the bytes are not those of whole rows.
@@ -55,26 +121,67 @@ pub fn pack(
     team: &Team,
     progress: &(dyn Fn(usize) + Sync),
 ) -> Result<Option<PackedMatrix>, PackError> {
-    let Some(format) = format(ty) else { return Ok(None) };
-    assert!(n_in > 0 && n_in.is_multiple_of(ty.block_len()), "a row of {n_in} in {} blocks", ty.name());
-    let row_bytes = n_in / ty.block_len() * ty.block_bytes();
-    assert_eq!(bytes.len(), n_out * row_bytes, "bytes of {} weights [{n_out}, {n_in}]", ty.name());
+    pack_slabs(ty, bytes, [n_in, n_out, 1], team, progress)
+}
 
-    let mut packed = PackedMatrix::zeroed(format, n_in, n_out).map_err(|(bytes, source)| PackError {
-        n_out,
+/// [`pack_into`] memory of its own: several matrices, one behind the other.
+///
+/// # Panics
+/// If the bytes are not those of whole rows.
+pub fn pack_slabs(
+    ty: GgmlType,
+    bytes: &[u8],
+    dims: [usize; 3],
+    team: &Team,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Result<Option<PackedMatrix>, PackError> {
+    let Some(size) = packed_bytes(ty, dims) else { return Ok(None) };
+    let [n_in, n_out, n_slab] = dims;
+    let mut memory = TileMemory::reserve([size].into_iter()).map_err(|source| PackError {
+        n_out: n_out * n_slab,
         n_in,
-        bytes,
+        bytes: size,
         source,
     })?;
-    let (tile_bytes, group_bytes) = (packed.tile_bytes, packed.group_bytes);
+    Ok(pack_into(&mut memory, ty, bytes, dims, team, progress))
+}
+
+/// Packs the rows of a tensor, in parallel; `progress` is told how many bytes of it have been read, piece by piece, by
+/// several threads. `None` if the type has no packed form.
+///
+/// `dims` is `[n_in, n_out, n_slab]`: `n_slab` matrices `[n_out, n_in]` that lie one behind the other, as the experts of a mixture
+/// do, become one. Each begins with a group: slab `s` has the groups from `s · n_out.div_ceil(32)` on. Rows of zeros fill up
+/// its last group.
+///
+/// # Panics
+/// If the bytes are not those of whole rows, or less than [`packed_bytes`] of memory is left.
+pub fn pack_into(
+    memory: &mut TileMemory,
+    ty: GgmlType,
+    bytes: &[u8],
+    [n_in, n_out, n_slab]: [usize; 3],
+    team: &Team,
+    progress: &(dyn Fn(usize) + Sync),
+) -> Option<PackedMatrix> {
+    let format = format(ty)?;
+    assert!(n_in > 0 && n_in.is_multiple_of(ty.block_len()), "a row of {n_in} in {} blocks", ty.name());
+    let row_bytes = n_in / ty.block_len() * ty.block_bytes();
+    let n_rows = n_out * n_slab;
+    assert_eq!(bytes.len(), n_rows * row_bytes, "bytes of {} weights [{n_rows}, {n_in}]", ty.name());
+
+    let (tile_bytes, group_bytes) =
+        ((format.tile_bytes)(format.grain.block_len()), group_bytes(format, n_in));
+    let slab_groups = n_out.div_ceil(ROWS);
+    let n_groups = n_slab * slab_groups;
+    let mut tiles = memory.take(n_groups * group_bytes);
     let tile_len = format.grain.block_len();
     let tile_source_bytes = tile_len / ty.block_len() * ty.block_bytes();
-    let (start, n_groups) = (packed.start, packed.n_groups());
-    let memory = SharedMut::new(&mut packed.memory);
+    let shared = SharedMut::new(tiles.bytes_mut());
     team.for_each(n_groups, &|group| {
         // SAFETY: each group is visited once, and groups do not overlap.
-        let tiles = unsafe { memory.range(start + group * group_bytes..start + (group + 1) * group_bytes) };
-        let rows = group * ROWS..n_out.min((group + 1) * ROWS);
+        let tiles = unsafe { shared.range(group * group_bytes..(group + 1) * group_bytes) };
+        let (slab, first) = (group / slab_groups, group % slab_groups * ROWS);
+        let rows = slab * n_out + first..slab * n_out + n_out.min(first + ROWS);
         for (row, r) in rows.clone().enumerate() {
             let source = &bytes[r * row_bytes..(r + 1) * row_bytes];
             let sources = source.chunks(tile_source_bytes);
@@ -86,38 +193,12 @@ pub fn pack(
         }
         progress(rows.len() * row_bytes);
     });
-    Ok(Some(packed))
+    // The last slab's last group stays short, as that of a single matrix does.
+    let n_out = (n_slab - 1) * slab_groups * ROWS + n_out;
+    Some(PackedMatrix { format, n_in, n_out, tile_bytes, group_bytes, tiles, ahead: Ahead::DEFAULT })
 }
 
 impl PackedMatrix {
-    /// Tiles of zeros; else the bytes that were asked for and the system's answer.
-    fn zeroed(
-        format: &'static PackedFormat,
-        n_in: usize,
-        n_out: usize,
-    ) -> Result<Self, (usize, std::io::Error)> {
-        const HUGE_PAGE: usize = 2 << 20;
-        let tile_len = format.grain.block_len();
-        let tile_bytes = (format.tile_bytes)(tile_len);
-        let tail = match n_in % tile_len {
-            0 => 0,
-            n_inputs => (format.tile_bytes)(n_inputs),
-        };
-        let group_bytes = n_in / tile_len * tile_bytes + tail;
-        let bytes = n_out.div_ceil(ROWS) * group_bytes;
-        // Huge pages lie on multiples of their size, and the system may put the mapping elsewhere.
-        let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
-        let memory = MmapMut::map_anon((bytes + slack).max(1)).map_err(|source| (bytes, source))?;
-        #[cfg(target_os = "linux")]
-        if slack > 0 {
-            // A wish: a system without huge pages refuses, and nothing but speed depends on it.
-            let _ = memory.advise(memmap2::Advice::HugePage);
-        }
-        let start = if slack > 0 { memory.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        debug_assert!(memory[start..].as_ptr().addr().is_multiple_of(64), "tiles begin on a line");
-        Ok(Self { format, n_in, n_out, tile_bytes, group_bytes, memory, start })
-    }
-
     /// The type it was packed from.
     pub fn ty(&self) -> GgmlType {
         self.format.ty
@@ -159,7 +240,16 @@ impl PackedMatrix {
     /// If there are no such groups.
     pub fn tiles(&self, groups: Range<usize>) -> &[u8] {
         assert!(groups.end <= self.n_groups(), "groups {groups:?} of {}", self.n_groups());
-        &self.memory[self.start..][groups.start * self.group_bytes..groups.end * self.group_bytes]
+        &self.tiles.bytes()[groups.start * self.group_bytes..groups.end * self.group_bytes]
+    }
+
+    /// How far ahead its products ask for it.
+    pub fn ahead(&self) -> &Ahead {
+        &self.ahead
+    }
+
+    pub(super) fn set_ahead(&mut self, ahead: Ahead) {
+        self.ahead = ahead;
     }
 
     pub(super) fn format(&self) -> &'static PackedFormat {

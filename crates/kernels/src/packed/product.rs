@@ -1,9 +1,10 @@
 //! The sweep over tiles: every tile is read from memory once and multiplies all columns while it is near.
 //!
-//! Up to 32 columns share one sweep. They do so in passes of at most six, as many as have room in registers, inside each tile:
+//! Up to 32 columns share one sweep. They do so in passes of at most twelve, as many as have room in registers, inside each tile:
 //! the tile is then in the first-level cache, and the pass that comes first asks for what lies some kilobytes
 //! ahead, one line between two multiplications at a time. (All lines at once would fill the buffers of outstanding lines,
-//! and computation would wait for memory rather than overlap with it.)
+//! and computation would wait for memory rather than overlap with it.) How far ahead is the machine's business: see
+//! [`tune`](super::tune).
 //!
 //! More columns than that are taken 32 at a time over as many rows of tiles as stay in the second-level cache.
 
@@ -18,14 +19,6 @@ use crate::shared::SharedMut;
 const SWEEP: usize = 32;
 /// Bytes of tiles that stay in the second-level cache together with the activations of a sweep.
 const NEAR_BYTES: usize = 256 << 10;
-/// How far ahead to prefetch for a sweep over `n` columns, in bytes.
-///
-/// A matter of speed alone, found by trying (40 GB/s and 4 GHz a core). One column likes 6 KiB, eight 12: at half of its distance a sweep
-/// over four or eight columns is slower by a fifth, for its arithmetic waits; at twice, one over one or two by a tenth.
-const fn ahead_bytes(n: usize) -> usize {
-    (if n < 7 { 5 + n } else { 12 }) << 10
-}
-
 /// The running sums of a column: 32 rows, in two chains where a format says so. They are added in the end.
 pub type Sums = [[f32; ROWS]; 2];
 
@@ -39,7 +32,7 @@ pub struct TileCall {
     pub acts: *const ActBlock,
     /// The columns' sums, one behind the other, on 64-byte boundaries; the tile's products are added to them.
     pub sums: *mut Sums,
-    /// Where to prefetch from; any address will do.
+    /// Where to prefetch from; any address will do, and null asks for nothing.
     pub ahead: *const u8,
 }
 
@@ -62,11 +55,13 @@ pub struct Place<'a> {
 #[repr(align(64))]
 struct SweepSums([Sums; SWEEP]);
 
-/// Computes the rows of these groups of 32 for all columns, row `groups.start · 32` being row 0 of `place`.
+/// Computes the rows of these groups of 32 for all columns, row `groups.start · 32` being row 0 of `place`. Inlined into
+/// functions that enable an instruction set.
 ///
 /// # Safety
 /// `kernels` are those of the matrix's format, for instructions that this CPU has. Nobody else reads or writes these
 /// outputs meanwhile.
+#[inline(always)]
 pub unsafe fn product(
     kernels: &[TileFn],
     w: &PackedMatrix,
@@ -110,6 +105,7 @@ pub unsafe fn product(
 ///
 /// # Safety
 /// As for [`product`].
+#[inline(always)]
 unsafe fn sweep(
     kernels: &[TileFn],
     w: &PackedMatrix,
@@ -129,7 +125,10 @@ unsafe fn sweep(
             n_inputs: tile_len.min(w.n_in() - k),
             acts: x.blocks()[b * n + columns.start..b * n + columns.end].as_ptr(),
             sums: sums.0.as_mut_ptr(),
-            ahead: bytes.as_ptr().wrapping_add(at + ahead_bytes(n_columns)),
+            ahead: match w.ahead().bytes(n_columns) {
+                0 => std::ptr::null(),
+                ahead => bytes.as_ptr().wrapping_add(at + ahead),
+            },
         };
         let mut left = n_columns;
         for pass in 0..n_passes {

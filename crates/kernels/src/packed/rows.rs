@@ -193,6 +193,12 @@ impl QuantRows {
         self.blocks.resize(n * n_in.div_ceil(grain.block_len()), ActBlock::ZERO);
     }
 
+    /// Makes sure that a [`reset`](Self::reset) to this size allocates nothing.
+    pub fn reserve(&mut self, grain: Grain, n: usize, n_in: usize) {
+        let n_block = n * n_in.div_ceil(grain.block_len());
+        self.blocks.reserve(n_block.saturating_sub(self.blocks.len()));
+    }
+
     /// How the rows are scaled.
     pub fn grain(&self) -> Grain {
         self.grain

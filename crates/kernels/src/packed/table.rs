@@ -10,12 +10,17 @@ use super::rows::{ActBlock, Grain, QuantRows};
 use crate::shared::SharedMut;
 use crate::table::KernelTable;
 
+/// See [`product`].
+pub(super) type ProductFn = unsafe fn(&[TileFn], &PackedMatrix, Range<usize>, &QuantRows, Place<'_>);
+
 /// The packed kernels of one instruction set. All of them give the same bits.
 pub struct PackedTable {
     /// `scalar`, `avx2`, `avx2-vnni` or `avx512`.
     pub isa: &'static str,
     /// This instruction set's kernels of a format.
     pub(super) kernels: fn(&'static PackedFormat) -> &'static [TileFn],
+    /// [`product`](super::product::product), compiled for this instruction set.
+    pub(super) product: ProductFn,
     /// Quantises one block of a row.
     pub(super) fill: fn(&mut ActBlock, Grain, &[f32]),
 }
@@ -28,6 +33,7 @@ impl PackedTable {
             let mut tables = vec![PackedTable {
                 isa: "scalar",
                 kernels: |format| format.kernels.scalar,
+                product,
                 fill: |block, grain, x| block.fill(grain, x),
             }];
             #[cfg(target_arch = "x86_64")]
@@ -64,7 +70,7 @@ impl PackedTable {
         let out = SharedMut::new(out);
         let place = Place { out: &out, offset: 0, stride: m };
         // SAFETY: the kernels are those of the format, and the table was detected; `out` is borrowed here alone.
-        unsafe { product((self.kernels)(w.format()), w, groups, x, place) }
+        unsafe { (self.product)((self.kernels)(w.format()), w, groups, x, place) }
     }
 
     /// The same, written where a matrix of outputs has these rows: `(c, r)` at `offset + c · stride + r`, where `r` counts
@@ -86,6 +92,6 @@ impl PackedTable {
     ) {
         let place = Place { out, offset: offset + groups.start * ROWS, stride };
         // SAFETY: the kernels are those of the format, and the table was detected; the outputs are the caller's.
-        unsafe { product((self.kernels)(w.format()), w, groups, x, place) }
+        unsafe { (self.product)((self.kernels)(w.format()), w, groups, x, place) }
     }
 }

@@ -427,3 +427,39 @@ fn inputs_of_another_grain_are_refused() {
 fn weights_of_another_shape_are_refused() {
     let _ = pack(GgmlType::Q8_0, &[0; 68], 64, 2, &Team::new(1), &|_| ());
 }
+
+#[test]
+fn slabs_are_the_matrices_one_by_one() {
+    for (ty, n_in, n_out, n_slab) in [
+        (GgmlType::Q4_K, 512, 33, 5),
+        (GgmlType::Q8_0, 96, 64, 3),
+        (GgmlType::IQ4_NL, 32, 7, 4),
+        (GgmlType::F32, 77, 40, 2),
+        (GgmlType::BF16, 5, 1, 6),
+    ] {
+        let team = Team::new(2);
+        let read = AtomicUsize::new(0);
+        let bytes = random_weights(ty, n_in, n_out * n_slab, 9);
+        let count = |n| _ = read.fetch_add(n, Ordering::Relaxed);
+        let slabs = pack_slabs(ty, &bytes, [n_in, n_out, n_slab], &team, &count).unwrap().unwrap();
+        assert_eq!(read.into_inner(), bytes.len(), "{ty}");
+        let table = PackedTable::available().last().unwrap();
+        let mut x = QuantRows::new();
+        x.quantize_rows(table, slabs.grain(), &noise(3 * n_in, 10), 3, n_in);
+        let n_groups = n_out.div_ceil(32);
+        assert_eq!(slabs.n_groups(), n_slab * n_groups);
+        for (slab, bytes) in bytes.chunks_exact(bytes.len() / n_slab).enumerate() {
+            let alone = pack(ty, bytes, n_in, n_out, &team, &|_| ()).unwrap().unwrap();
+            let mut want = vec![f32::NAN; 3 * n_out];
+            table.product(&alone, 0..n_groups, &x, &mut want);
+            let groups = slab * n_groups..(slab + 1) * n_groups;
+            let width = slabs.rows(groups.clone()).len();
+            let mut got = vec![f32::NAN; 3 * width];
+            table.product(&slabs, groups, &x, &mut got);
+            for (got, want) in got.chunks_exact(width).zip(want.chunks_exact(n_out)) {
+                assert_eq!(&got[..n_out], want, "{ty} slab {slab}");
+                assert!(got[n_out..].iter().all(|x| *x == 0.0), "{ty} slab {slab}: rows that fill up");
+            }
+        }
+    }
+}

@@ -5,7 +5,7 @@ use paceline_backend::{Buf, PlanBuilder, StateDecl, StateId, Vector};
 
 use crate::{
     Error, Hparams, Model, SharedWeights, Weights,
-    blocks::{Attention, AttentionShape, Ends, Mlp},
+    blocks::{Attention, AttentionShape, Ends, Ffn, FfnShape},
 };
 
 /// A decoder of identical layers.
@@ -20,13 +20,13 @@ struct Layer {
     attn_norm: Vector,
     attention: Attention,
     ffn_norm: Vector,
-    ffn: Mlp,
+    ffn: Ffn,
 }
 
 impl Decoder {
     /// Loads `n_layer` blocks whose attention has the shape `attention`.
     pub fn load(w: &Weights, hparams: Hparams, attention: AttentionShape) -> Result<Decoder, Error> {
-        let (n_embd, n_ff) = (hparams.n_embd, hparams.n_ff);
+        let (n_embd, ffn) = (hparams.n_embd, FfnShape::read(w, &hparams)?);
         let layers = (0..hparams.n_layer)
             .map(|il| {
                 let prefix = format!("blk.{il}.");
@@ -34,7 +34,7 @@ impl Decoder {
                     attn_norm: w.vector(&format!("{prefix}attn_norm.weight"), n_embd, "n_embd")?,
                     attention: Attention::load(w, &prefix, attention.clone(), StateId(il as u32))?,
                     ffn_norm: w.vector(&format!("{prefix}ffn_norm.weight"), n_embd, "n_embd")?,
-                    ffn: Mlp::load(w, &prefix, n_embd, n_ff)?,
+                    ffn: Ffn::load(w, &prefix, &ffn)?,
                 })
             })
             .collect::<Result<Vec<_>, Error>>()?;

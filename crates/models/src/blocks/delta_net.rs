@@ -57,13 +57,31 @@ impl DeltaNetShape {
     }
 }
 
+/// The projections to q, k, v and to the output's gate, as the file has them.
+enum Qkvz {
+    Split {
+        qkv: Matrix,
+        z: Matrix,
+    },
+    /// For each key head, its rows of q, of k, and those of v and z of all its value heads.
+    Interleaved(Matrix),
+}
+
+/// The projections to the gates, as the file has them.
+enum Gates {
+    Split {
+        alpha: Matrix,
+        beta: Matrix,
+    },
+    /// For each key head, the rows of beta of its value heads and then those of alpha.
+    Interleaved(Matrix),
+}
+
 /// A gated DeltaNet layer.
 pub struct DeltaNet {
     shape: DeltaNetShape,
-    qkv: Matrix,
-    z: Matrix,
-    alpha: Matrix,
-    beta: Matrix,
+    qkvz: Qkvz,
+    gates: Gates,
     a: Vector,
     dt_bias: Vector,
     conv: Matrix,
@@ -74,7 +92,8 @@ pub struct DeltaNet {
 }
 
 impl DeltaNet {
-    /// Loads the `{prefix}attn_*` and `{prefix}ssm_*` tensors; `states` are the ids of
+    /// Loads the `{prefix}attn_*` and `{prefix}ssm_*` tensors; Qwen3-Next files have `ssm_ba` for `ssm_alpha` and `ssm_beta`,
+    /// and old ones `ssm_in` for `attn_qkv` and `attn_gate`. `states` are the ids of
     /// [`DeltaNetShape::states`].
     pub fn load(
         w: &Weights,
@@ -84,12 +103,29 @@ impl DeltaNet {
     ) -> Result<DeltaNet, Error> {
         let name = |part: &str| format!("{prefix}{part}");
         let DeltaNetShape { n_embd, n_head_v, dim_v, .. } = shape;
-        let gates = [n_embd, n_head_v];
+        let (both, meaning) = (name("ssm_in.weight"), "n_embd, q|k|v|z rows of each key head");
+        let qkvz = match w.matrix_opt(&both, [n_embd, shape.channels() + shape.width()], meaning)? {
+            Some(both) => Qkvz::Interleaved(both),
+            None => Qkvz::Split {
+                qkv: w.matrix(
+                    &name("attn_qkv.weight"),
+                    [n_embd, shape.channels()],
+                    "n_embd, q|k|v channels",
+                )?,
+                z: w.matrix(&name("attn_gate.weight"), [n_embd, shape.width()], "n_embd, n_head_v·dim_v")?,
+            },
+        };
+        let (both, meaning) = (name("ssm_ba.weight"), "n_embd, beta|alpha rows of each key head");
+        let gates = match w.matrix_opt(&both, [n_embd, 2 * n_head_v], meaning)? {
+            Some(both) => Gates::Interleaved(both),
+            None => Gates::Split {
+                alpha: w.matrix(&name("ssm_alpha.weight"), [n_embd, n_head_v], "n_embd, n_head_v")?,
+                beta: w.matrix(&name("ssm_beta.weight"), [n_embd, n_head_v], "n_embd, n_head_v")?,
+            },
+        };
         Ok(DeltaNet {
-            qkv: w.matrix(&name("attn_qkv.weight"), [n_embd, shape.channels()], "n_embd, q|k|v channels")?,
-            z: w.matrix(&name("attn_gate.weight"), [n_embd, shape.width()], "n_embd, n_head_v·dim_v")?,
-            alpha: w.matrix(&name("ssm_alpha.weight"), gates, "n_embd, n_head_v")?,
-            beta: w.matrix(&name("ssm_beta.weight"), gates, "n_embd, n_head_v")?,
+            qkvz,
+            gates,
             a: w.vector(&name("ssm_a"), n_head_v, "n_head_v")?,
             dt_bias: w.vector(&name("ssm_dt.bias"), n_head_v, "n_head_v")?,
             conv: w.matrix(
@@ -107,11 +143,37 @@ impl DeltaNet {
 
     /// `[n, n_embd] -> [n, n_embd]`.
     pub fn forward(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
-        let [u, z, alpha, b] = p.matmuls(x, [&self.qkv, &self.z, &self.alpha, &self.beta]);
+        let (u, z) = self.qkvz(p, x);
+        let (alpha, b) = match &self.gates {
+            Gates::Split { alpha, beta } => (p.matmul(x, alpha), p.matmul(x, beta)),
+            Gates::Interleaved(both) => {
+                let both = p.matmul(x, both);
+                // Value heads of a key head.
+                let r = self.shape.n_head_v / self.shape.n_head_k;
+                let [b, alpha] = [0, r].map(|first| p.columns(both, 2 * r, first, r));
+                (alpha, b)
+            }
+        };
         let gates = p.delta_gates(alpha, b, &self.dt_bias, &self.a);
         let qkv = p.short_conv(self.conv_tail, u, &self.conv);
         let o = p.delta_rule(self.delta, qkv, gates, self.shape.width(), self.shape.heads, L2_EPS);
         let y = p.gated_rms_norm(o, z, &self.norm, self.shape.eps);
         p.matmul(y, &self.output)
+    }
+
+    /// Channels of the convolution, and the output's gate.
+    fn qkvz(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Buf) {
+        match &self.qkvz {
+            Qkvz::Split { qkv, z } => (p.matmul(x, qkv), p.matmul(x, z)),
+            Qkvz::Interleaved(all) => {
+                let all = p.matmul(x, all);
+                let &DeltaNetShape { n_head_k, dim_k, .. } = &self.shape;
+                let v = self.shape.width() / n_head_k;
+                let part = |p: &mut PlanBuilder<'_>, first, len| p.columns(all, 2 * (dim_k + v), first, len);
+                let qkv =
+                    [(0, dim_k), (dim_k, dim_k), (2 * dim_k, v)].map(|(first, len)| part(p, first, len));
+                (p.concat(&qkv), part(p, 2 * dim_k + v, v))
+            }
+        }
     }
 }

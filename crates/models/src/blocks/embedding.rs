@@ -1,6 +1,6 @@
 //! Both ends of a model: the embedding table, the last norm, and the head.
 
-use paceline_backend::{Buf, Matrix, PlanBuilder, Vector};
+use paceline_backend::{Buf, Matrix, PlanBuilder, Tap, Vector};
 
 use crate::{Error, Hparams, SharedWeights, Weights};
 
@@ -27,10 +27,17 @@ impl Ends {
         p.embed(&self.tok_embd, 1.0)
     }
 
-    /// `[n, n_embd]` -> logits `[n_out, n_vocab]`. Rows are selected first: norm and head run for these alone.
+    /// `[n, n_embd]` -> logits `[n_out, n_vocab]`. Rows are selected first: norm and head run for these alone,
+    /// unless somebody taps the normed state, of all rows then.
     pub fn logits(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
-        let x = p.select_outputs(x);
-        let x = p.rms_norm(x, &self.output_norm, self.eps);
+        let x = if p.is_tapped(Tap::FinalNorm) {
+            let x = p.rms_norm(x, &self.output_norm, self.eps);
+            p.tap(Tap::FinalNorm, x);
+            p.select_outputs(x)
+        } else {
+            let x = p.select_outputs(x);
+            p.rms_norm(x, &self.output_norm, self.eps)
+        };
         p.matmul(x, &self.output)
     }
 

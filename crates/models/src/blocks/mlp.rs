@@ -14,11 +14,23 @@ pub struct Mlp {
 impl Mlp {
     /// Loads `{prefix}ffn_gate`, `ffn_up` and `ffn_down`.
     pub fn load(w: &Weights, prefix: &str, n_embd: usize, n_ff: usize) -> Result<Mlp, Error> {
+        Mlp::load_named(w, prefix, "", n_embd, n_ff)
+    }
+
+    /// [`load`](Self::load) of tensors whose names end in `{suffix}.weight`.
+    pub fn load_named(
+        w: &Weights,
+        prefix: &str,
+        suffix: &str,
+        n_embd: usize,
+        n_ff: usize,
+    ) -> Result<Mlp, Error> {
+        let name = |part: &str| format!("{prefix}ffn_{part}{suffix}.weight");
         let up_dims = [n_embd, n_ff];
         Ok(Mlp {
-            gate: w.matrix(&format!("{prefix}ffn_gate.weight"), up_dims, "n_embd, n_ff")?,
-            up: w.matrix(&format!("{prefix}ffn_up.weight"), up_dims, "n_embd, n_ff")?,
-            down: w.matrix(&format!("{prefix}ffn_down.weight"), [n_ff, n_embd], "n_ff, n_embd")?,
+            gate: w.matrix(&name("gate"), up_dims, "n_embd, n_ff")?,
+            up: w.matrix(&name("up"), up_dims, "n_embd, n_ff")?,
+            down: w.matrix(&name("down"), [n_ff, n_embd], "n_ff, n_embd")?,
         })
     }
 

@@ -4,10 +4,18 @@ pub mod attention;
 pub mod decoder;
 pub mod delta_net;
 pub mod embedding;
+pub mod ffn;
+pub mod hybrid;
 pub mod mlp;
+pub mod moe;
+pub mod nextn;
 
 pub use attention::{Attention, AttentionShape};
 pub use decoder::Decoder;
 pub use delta_net::{DeltaNet, DeltaNetShape};
 pub use embedding::Ends;
+pub use ffn::{Ffn, FfnShape};
+pub use hybrid::Hybrid;
 pub use mlp::Mlp;
+pub use moe::{Moe, MoeShape};
+pub use nextn::NextN;

@@ -20,26 +20,31 @@ mod dialect;
 
 use std::{collections::HashMap, sync::Arc};
 
-use paceline_backend::{Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Vector};
+use paceline_backend::{
+    Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap, Vector,
+};
 use paceline_memory::{Memory, SeqId};
 use paceline_models::{
     Weights,
     blocks::{Attention, AttentionShape, Mlp},
 };
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+};
 use dialect::{ARCHS, Contract, TargetFacts};
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
     name: "dflash",
     aliases: &["draft-dflash"],
-    recognises: |arch| ARCHS.contains(&arch),
+    origin: Origin::File(|arch| ARCHS.contains(&arch)),
     load: |request| Ok(Box::new(Dflash::load(request)?)),
 };
 
 struct Dflash {
     contract: Contract,
+    taps: Vec<Tap>,
     /// Features of committed rows to the K/V of every layer.
     absorb: Box<dyn Exec>,
     /// Blocks to logits.
@@ -170,6 +175,7 @@ impl Dflash {
             absorb: request.backend.compile(Arc::new(absorb), &states)?,
             fill: request.backend.compile(Arc::new(network.record_fill()), &states)?,
             memory: Memory::new(states, request.n_cell_max),
+            taps: contract.taps.iter().map(|&il| Tap::Layer(il)).collect(),
             contract,
             sequences: HashMap::new(),
             n_vocab: facts.n_vocab,
@@ -237,8 +243,8 @@ impl Drafter for Dflash {
         self.contract.line()
     }
 
-    fn taps(&self) -> &[usize] {
-        &self.contract.taps
+    fn taps(&self) -> &[Tap] {
+        &self.taps
     }
 
     fn n_draft_max(&self) -> usize {
@@ -327,11 +333,15 @@ impl Drafter for Dflash {
         Some(out)
     }
 
-    fn import(&mut self, seq: SeqId, bytes: &[u8]) -> Result<(), String> {
-        let own = self.memory.import(bytes)?;
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let own = import_of(&mut self.memory, len, bytes)?;
         let old = self.sequences.insert(seq, own);
         assert!(old.is_none(), "{seq:?} is known already");
         Ok(())
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.memory.forks_anywhere()
     }
 
     fn forget(&mut self, seq: SeqId) {

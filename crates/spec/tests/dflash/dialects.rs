@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use paceline_backend::{
-    Backend, Error, Exec, Plan, PlanWork, StateConfig, StateDecl, States, WeightId, WeightSource,
+    Backend, Error, Exec, Plan, PlanWork, StateConfig, StateDecl, States, Tap, WeightId, WeightSource,
     cpu::CpuBackend,
 };
 use paceline_gguf::GgmlType;
@@ -129,7 +129,7 @@ fn keys_with_either_prefix_are_read() {
 #[test]
 fn qwen35_dflash_draft_files_spread_their_taps() {
     let same = upstream().set("dflash.target_layers", vec![2u32, 3, 5]);
-    assert_eq!(Rig::of("dflash", &qwen35_dflash_draft()).drafter.taps(), [1, 2, 4]);
+    assert_eq!(Rig::of("dflash", &qwen35_dflash_draft()).drafter.taps(), [1, 2, 4].map(Tap::Layer));
     check(qwen35_dflash_draft(), &same);
 }
 
@@ -149,7 +149,7 @@ fn six_taps_of_sixty_layers_and_a_pattern() {
         .set("dflash.attention.sliding_window", 2048u32)
         .set("dflash.attention.sliding_window_pattern", pattern);
     let drafter = Target::ends(60, 256, 97).load(parts.file()).unwrap();
-    assert_eq!(drafter.taps(), [1, 12, 23, 35, 46, 57]);
+    assert_eq!(drafter.taps(), [1, 12, 23, 35, 46, 57].map(Tap::Layer));
     assert_eq!(drafter.n_draft_max(), 15);
     assert_eq!(
         drafter.contract(),
@@ -295,6 +295,7 @@ fn the_targets_ends_are_shared_not_copied() {
         target: &*target,
         states: STATES,
         n_cell_max: 4096,
+        n_draft_max: None,
     };
     let drafter = load(&request).unwrap();
     let mut uploaded = listing.1.lock().unwrap()[of_target..].to_vec();

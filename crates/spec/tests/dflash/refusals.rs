@@ -402,10 +402,11 @@ fn a_truncated_file() {
 #[test]
 fn a_file_that_is_no_drafter() {
     let target = Target::golden();
-    let Err(error) = target.load(target.file.clone()) else { panic!("a target was loaded as a drafter") };
+    let clip = upstream().set("general.architecture", "clip").file();
+    let Err(error) = target.load(clip) else { panic!("an encoder of images was loaded as a drafter") };
     assert_eq!(
         error.to_string(),
-        "qwen35.gguf: architecture `qwen35` is not a drafter; known drafters: dflash"
+        "drafter.gguf: architecture `clip` is not a drafter; known drafters: dflash, draft"
     );
     let error = paceline_models::load(&upstream().file(), &target.backend).err().unwrap().to_string();
     assert!(error.ends_with("this is a drafter: give it with -md and its target with -m"), "{error}");

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use paceline_backend::{Backend, Buf, KvType, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{Backend, Buf, KvType, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::{GgmlType, Gguf, Metadata, Value, to_bytes};
 use paceline_memory::Memory;
@@ -200,12 +200,14 @@ impl Target {
 
     /// A drafter that may hold `n_cell_max` rows over all sequences.
     pub fn load_with_room(&self, file: Arc<Gguf>, n_cell_max: usize) -> Result<Box<dyn Drafter>, LoadError> {
-        load(&LoadDrafter { file, backend: &self.backend, target: &*self.model, states: STATES, n_cell_max })
+        let (backend, target) = (&self.backend, &*self.model);
+        load(&LoadDrafter { file, backend, target, states: STATES, n_cell_max, n_draft_max: None })
     }
 }
 
 /// F32 and pages that blocks and windows cross.
-pub const STATES: StateConfig = StateConfig { page_len: 16, kv_type: KvType::F32, n_tentative_max: 16 };
+pub const STATES: StateConfig =
+    StateConfig { page_len: 16, kv: KvTypes { k: KvType::F32, v: KvType::F32 }, n_tentative_max: 16 };
 
 struct Ends {
     hparams: Hparams,

@@ -1,0 +1,276 @@
+//! Attention and what it reads: tiles of query rows and the KV head that they share, over pages.
+//!
+//! A tile is some rows of one lane with all query heads of one KV head, so that the head's cells are read once for all of
+//! them. Where there are fewer such tiles than threads could use, each is cut further into the [`SPAN`]s of its
+//! cells; whoever finishes the last span of a tile merges them, in order. The sums of spans are merged in that order in any case, so
+//! this changes no bit.
+
+use std::{
+    cell::RefCell,
+    ops::Range,
+    sync::{
+        RwLock,
+        atomic::{AtomicU32, AtomicUsize, Ordering},
+    },
+};
+
+use paceline_kernels::attention::{KvHead, Part, QueryTile, SPAN, SUMS, padded};
+
+use crate::{AttentionOp, BlockMask, Buf, Lane};
+
+use super::exec::{Cx, Nanos};
+
+/// Queries of a tile: so many that reading cells costs little beside computing with them, and so few that they and their
+/// sums stay in the second-level cache.
+const QUERIES: usize = 128;
+/// Tiles for a thread, below which they are cut into spans.
+const TILES_PER_THREAD: usize = 3;
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+#[derive(Default)]
+struct Scratch {
+    tile: QueryTile,
+    /// A [`Part`] read back.
+    part: Vec<f32>,
+}
+
+/// Where a KV state lies in a page.
+#[derive(Clone, Copy)]
+pub(super) struct KvPlace {
+    /// First bytes of keys and of values.
+    pub offsets: [usize; 2],
+    pub n_head: usize,
+    pub head_dim: usize,
+}
+
+impl KvPlace {
+    /// Writes the key and the value of a row to its cell.
+    pub fn append(self, cx: &Cx<'_>, row: usize, k: Buf, v: Buf) {
+        let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
+        let cell = lane.n_past + row - lane.rows.start;
+        let (id, in_page) = (lane.pages[cell / cx.page_len].0, cell % cx.page_len);
+        for (offset, buf, ty) in [(self.offsets[0], k, cx.kv.k), (self.offsets[1], v, cx.kv.v)] {
+            let bytes = ty.row_bytes(self.head_dim);
+            for (head, values) in cx.row(buf, row).chunks_exact(self.head_dim).enumerate() {
+                let at = offset + (head * cx.page_len + in_page) * bytes;
+                // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), a row's cell is
+                // written by the tile of the row alone, and no other op of this wave touches pages
+                // (`StateAccess::conflicts`).
+                ty.write(values, unsafe { cx.page_mut(id, at..at + bytes) });
+            }
+        }
+    }
+}
+
+/// What tiles that share a read of one KV head leave for each other: the sums of each query over each span, and how many spans
+/// are done. Atomics, for it is written by whoever has the span and read by whoever comes last.
+#[derive(Default)]
+pub(super) struct SpanParts(RwLock<Parts>);
+
+#[derive(Default)]
+struct Parts {
+    /// `[unit, span, query, PART]`, bits of floats.
+    values: Vec<AtomicU32>,
+    /// Spans that are done, by unit.
+    done: Vec<AtomicUsize>,
+}
+
+/// One attention op.
+pub(super) struct Attention<'a> {
+    pub op: &'a AttentionOp,
+    pub place: KvPlace,
+    pub sinks: Option<&'a [f32]>,
+    pub parts: &'a SpanParts,
+}
+
+/// Rows of a lane that share their reads.
+struct Rows<'a> {
+    lane: &'a Lane<'a>,
+    rows: Range<usize>,
+}
+
+impl Attention<'_> {
+    fn per_kv(&self) -> usize {
+        self.op.n_head / self.place.n_head
+    }
+
+    fn rows_at_once(&self) -> usize {
+        (QUERIES / self.per_kv()).max(1)
+    }
+
+    /// Groups of rows times KV heads: tiles, before they are cut into spans.
+    fn n_units(&self, cx: &Cx<'_>) -> usize {
+        let groups = |lane: &Lane<'_>| lane.rows.len().div_ceil(self.rows_at_once());
+        cx.step.lanes.iter().map(groups).sum::<usize>() * self.place.n_head
+    }
+
+    /// Spans that tiles are cut into: 1 if they are not.
+    fn n_spans(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        if n_threads == 1 || self.n_units(cx) >= TILES_PER_THREAD * n_threads {
+            return 1;
+        }
+        let end = cx.step.lanes.iter().map(|lane| lane.n_past + lane.rows.len()).max().unwrap_or(0);
+        end.div_ceil(SPAN).max(1)
+    }
+
+    pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
+        self.n_units(cx) * self.n_spans(cx, n_threads)
+    }
+
+    fn part_len(&self) -> usize {
+        1 + SUMS + padded(self.place.head_dim)
+    }
+
+    /// Makes room for the spans' sums. A step that is longer than all before it allocates.
+    pub fn prepare(&self, cx: &Cx<'_>, n_threads: usize) {
+        let (n_units, n_spans) = (self.n_units(cx), self.n_spans(cx, n_threads));
+        if n_spans == 1 {
+            return;
+        }
+        // A panic elsewhere leaves sums that nobody reads.
+        let mut parts = self.parts.0.write().unwrap_or_else(|e| e.into_inner());
+        let n = n_units * n_spans * self.queries_at_most() * self.part_len();
+        if parts.values.len() < n {
+            parts.values.resize_with(n, AtomicU32::default);
+        }
+        if parts.done.len() < n_units {
+            parts.done.resize_with(n_units, AtomicUsize::default);
+        }
+        parts.done.iter_mut().for_each(|done| *done.get_mut() = 0);
+    }
+
+    fn queries_at_most(&self) -> usize {
+        self.rows_at_once() * self.per_kv()
+    }
+
+    pub fn work(&self, cx: &Cx<'_>) -> Nanos {
+        let (op, place) = (self.op, self.place);
+        let lanes = cx.step.lanes.iter().map(|lane| {
+            let cells =
+                op.window.map_or(usize::MAX, |w| w + lane.rows.len()).min(lane.n_past + lane.rows.len());
+            // Reading keys and values, and two products with each of them.
+            let bytes = cells * place.n_head * cx.kv.cell_bytes(place.head_dim);
+            bytes / 16 + lane.rows.len() * cells * op.n_head * place.head_dim / 16
+        });
+        lanes.sum()
+    }
+
+    pub fn run(&self, cx: &Cx<'_>, n_threads: usize, tile: usize) {
+        let n_spans = self.n_spans(cx, n_threads);
+        let (unit, span) = (tile / n_spans, tile % n_spans);
+        let (group, head_kv) = (unit / self.place.n_head, unit % self.place.n_head);
+        let rows = self.rows(cx, group);
+        SCRATCH.with_borrow_mut(|Scratch { tile, part }| {
+            let page = |i: usize| self.page(cx, rows.lane, head_kv, i);
+            let kv =
+                KvHead { types: cx.kv, head_dim: self.place.head_dim, page_len: cx.page_len, page: &page };
+            self.queries(cx, &rows, head_kv, tile);
+            if n_spans == 1 {
+                tile.attend(cx.table, kv);
+                return self.finish(cx, &rows, head_kv, tile);
+            }
+            let parts = self.parts.0.read().unwrap_or_else(|e| e.into_inner());
+            let n_queries = rows.rows.len() * self.per_kv();
+            let place = |span: usize, i: usize| {
+                let at = ((unit * n_spans + span) * self.queries_at_most() + i) * self.part_len();
+                &parts.values[at..at + self.part_len()]
+            };
+            if tile.spans().contains(&span) {
+                tile.attend_span(cx.table, kv, span);
+                for i in 0..n_queries {
+                    let Part { max, weight, value } = tile.part(i);
+                    let values = std::iter::once(&max).chain(weight).chain(value);
+                    place(span, i)
+                        .iter()
+                        .zip(values)
+                        .for_each(|(to, x)| to.store(x.to_bits(), Ordering::Relaxed));
+                }
+            }
+            // The last one sees what all others have stored.
+            if parts.done[unit].fetch_add(1, Ordering::AcqRel) + 1 < n_spans {
+                return;
+            }
+            tile.reset();
+            for span in tile.spans() {
+                for i in 0..n_queries {
+                    if !tile.sees(i, span) {
+                        continue;
+                    }
+                    part.clear();
+                    part.extend(place(span, i).iter().map(|x| f32::from_bits(x.load(Ordering::Relaxed))));
+                    let (weight, value) = part[1..].split_at(SUMS);
+                    tile.merge(i, Part { max: part[0], weight, value });
+                }
+            }
+            self.finish(cx, &rows, head_kv, tile);
+        });
+    }
+
+    /// The rows of group `group`.
+    fn rows<'s>(&self, cx: &Cx<'s>, mut group: usize) -> Rows<'s> {
+        let at_once = self.rows_at_once();
+        for lane in cx.step.lanes {
+            let n_groups = lane.rows.len().div_ceil(at_once);
+            if group < n_groups {
+                let start = lane.rows.start + group * at_once;
+                return Rows { lane, rows: start..lane.rows.end.min(start + at_once) };
+            }
+            group -= n_groups;
+        }
+        unreachable!("tiles are counted by the same rule")
+    }
+
+    fn queries(&self, cx: &Cx<'_>, rows: &Rows<'_>, head_kv: usize, tile: &mut QueryTile) {
+        let head_dim = self.place.head_dim;
+        tile.start(head_dim, None);
+        for row in rows.rows.clone() {
+            let visible = visible_cells(rows.lane, row - rows.lane.rows.start, self.op.mask, self.op.window);
+            for head in self.heads(head_kv) {
+                let q = &cx.row(self.op.q, row)[head * head_dim..(head + 1) * head_dim];
+                tile.push(q, self.op.scale, visible.clone());
+            }
+        }
+    }
+
+    fn finish(&self, cx: &Cx<'_>, rows: &Rows<'_>, head_kv: usize, tile: &QueryTile) {
+        let head_dim = self.place.head_dim;
+        let mut i = 0;
+        for row in rows.rows.clone() {
+            for head in self.heads(head_kv) {
+                // SAFETY: whoever finishes a tile alone writes the heads of this group in its rows, each once.
+                let out = unsafe { cx.part_mut(self.op.dst, row, head * head_dim..(head + 1) * head_dim) };
+                tile.finish(i, self.sinks.map(|sinks| sinks[head]), out);
+                i += 1;
+            }
+        }
+    }
+
+    fn heads(&self, head_kv: usize) -> Range<usize> {
+        head_kv * self.per_kv()..(head_kv + 1) * self.per_kv()
+    }
+
+    /// A head's keys and values in page `i` of a lane.
+    fn page<'s>(&self, cx: &'s Cx<'_>, lane: &Lane<'_>, head: usize, i: usize) -> [&'s [u8]; 2] {
+        let place = self.place;
+        [(place.offsets[0], cx.kv.k), (place.offsets[1], cx.kv.v)].map(|(offset, ty)| {
+            let bytes = cx.page_len * ty.row_bytes(place.head_dim);
+            let at = offset + head * bytes;
+            // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
+            unsafe { cx.page(lane.pages[i].0, at..at + bytes) }
+        })
+    }
+}
+
+/// Cells that row `i` of a lane sees: always a run, because windows and masks only cut at its ends.
+fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usize>) -> Range<usize> {
+    let cell = lane.n_past + i;
+    let end = match mask {
+        BlockMask::Causal => cell + 1,
+        BlockMask::Full => lane.n_past + lane.rows.len(),
+    };
+    let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
+    start..end
+}
