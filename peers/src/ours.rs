@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result};
 use paceline_backend::{
-    Backend, Exec, KvType, PlanBuilder, StateConfig, StateDecl, Step, StepOut, cpu::CpuBackend,
+    Backend, Exec, PlanBuilder, StateConfig, StateDecl, Step, StepOut, Tap, cpu::CpuBackend,
 };
 use paceline_gguf::Gguf;
 use paceline_memory::{Memory, SeqId};
@@ -42,11 +42,11 @@ impl Target {
 
     /// Bytes of K and V of one token over all layers.
     pub fn cell_bytes(&self) -> usize {
-        self.model.states().iter().map(StateDecl::cell_width).sum::<usize>() * KvType::F16.bytes()
+        self.model.states().iter().map(StateDecl::cell_width).sum::<usize>() * size_of::<u16>() // f16 is the default
     }
 
     /// An engine whose forwards also leave the states that a drafter with these `taps` reads.
-    pub fn engine(&self, settings: &Settings, taps: &[usize]) -> Result<Ours> {
+    pub fn engine(&self, settings: &Settings, taps: &[Tap]) -> Result<Ours> {
         let mut plan = PlanBuilder::new(taps);
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
@@ -159,6 +159,7 @@ impl OursDflash {
             backend: &target.backend,
             target: &*target.model,
             states: StateConfig::default(),
+            n_draft_max: None,
             n_cell_max: settings.n_ctx + 2 * StateConfig::default().page_len,
         })?;
         let engine = target.engine(settings, drafter.taps())?;

@@ -144,6 +144,7 @@ pub struct Plan {
 impl Plan {
     pub(crate) fn new(ops: Vec<Op>, bufs: Vec<BufDecl>, output: Option<Buf>, taps: Option<Buf>) -> Plan {
         let (ops, waves) = schedule::waves(ops, &bufs);
+        assert!(output.is_none() || output != taps, "one buffer can't be both output and taps");
         let kept: Vec<Buf> = output.into_iter().chain(taps).collect();
         let (offsets, arena_width) = schedule::place(&ops, &bufs, &waves, &kept);
         Plan { ops, bufs, waves, offsets, arena_width, output, taps }

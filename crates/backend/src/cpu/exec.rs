@@ -131,6 +131,8 @@ pub(super) struct Cx<'a> {
     pub lane_of_row: &'a [u32],
     pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
+    /// What the step hands out, output and taps: computed where the caller keeps it.
+    results: [SharedMut<'a, f32>; 2],
     stores: SharedMut<'a, QuantRows>,
     groups: SharedMut<'a, Groups>,
 }
@@ -152,10 +154,10 @@ impl Cx<'_> {
 
     /// All rows of `buf`, to read.
     pub fn all(&self, buf: Buf) -> &[f32] {
-        let (n, columns) = (self.n_rows(buf), self.plan.columns(buf));
+        let (memory, start) = self.place(buf);
         // SAFETY: the plan's waves put no writer of a buffer beside a reader, and its placement gives buffers of
         // one wave disjoint columns.
-        unsafe { self.arenas[self.plan.rows(buf) as usize].get(columns.start * n..columns.end * n) }
+        unsafe { memory.get(start..start + self.n_rows(buf) * self.plan.width(buf)) }
     }
 
     /// Values `columns` of row `row` of `buf`, to write.
@@ -167,9 +169,10 @@ impl Cx<'_> {
     pub unsafe fn part_mut(&self, buf: Buf, row: usize, columns: Range<usize>) -> &mut [f32] {
         let (n, width) = (self.n_rows(buf), self.plan.width(buf));
         assert!(row < n && columns.end <= width, "row {row} of {n}, columns {columns:?} of {width}");
-        let start = self.plan.columns(buf).start * n + row * width;
+        let (memory, first) = self.place(buf);
+        let start = first + row * width;
         // SAFETY: handed on to the caller.
-        unsafe { self.arenas[self.plan.rows(buf) as usize].range(start + columns.start..start + columns.end) }
+        unsafe { memory.range(start + columns.start..start + columns.end) }
     }
 
     /// Row `row` of `buf`, to write.
@@ -182,8 +185,11 @@ impl Cx<'_> {
         unsafe { self.part_mut(buf, row, 0..self.plan.width(buf)) }
     }
 
-    /// The arena of `buf`, with the place of its first value: row `r` is `r` widths behind.
+    /// The memory that `buf` lies in, with the place of its first value: row `r` is `r` widths behind.
     pub fn place(&self, buf: Buf) -> (&SharedMut<'_, f32>, usize) {
+        if let Some(result) = [self.plan.output, self.plan.taps].iter().position(|kept| *kept == Some(buf)) {
+            return (&self.results[result], 0);
+        }
         let arena = self.plan.rows(buf) as usize;
         (&self.arenas[arena], self.plan.columns(buf).start * self.n_rows(buf))
     }
@@ -344,6 +350,23 @@ impl Exec for CpuExec {
             }
         }
         let [batch, output] = &mut self.arenas;
+        let size = |kept: Option<Buf>| {
+            kept.map_or([0; 2], |buf| {
+                let n = [step.n_rows(), step.outputs.len()][plan.rows(buf) as usize];
+                [n, plan.width(buf)]
+            })
+        };
+        for (kept, values, width) in [
+            (plan.output, &mut out.output, &mut out.output_width),
+            (plan.taps, &mut out.taps, &mut out.taps_width),
+        ] {
+            let [n, w] = size(kept);
+            values.resize(n * w, 0.0);
+            if cfg!(debug_assertions) {
+                values.fill(f32::NAN);
+            }
+            *width = w;
+        }
         let cx = Cx {
             plan,
             step,
@@ -357,6 +380,7 @@ impl Exec for CpuExec {
             lane_of_row: &self.lane_of_row,
             ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
+            results: [SharedMut::new(&mut out.output), SharedMut::new(&mut out.taps)],
             stores: SharedMut::new(&mut self.stores),
             groups: SharedMut::new(&mut self.groups),
         };
@@ -397,15 +421,6 @@ impl Exec for CpuExec {
         }
         // The same memory, for writers of another lifetime: collecting in place allocates nothing.
         self.writers = writers.into_iter().map(|_| unreachable!("cleared after each wave")).collect();
-        let copy = |buf: Option<Buf>, to: &mut Vec<f32>| {
-            to.clear();
-            buf.map_or(0, |buf| {
-                to.extend_from_slice(cx.all(buf));
-                plan.width(buf)
-            })
-        };
-        out.output_width = copy(plan.output, &mut out.output);
-        out.taps_width = copy(plan.taps, &mut out.taps);
         out.n_experts_read = (0..cx.groups.len()).map(|router| cx.groups(router).n_chosen()).sum();
     }
 }
