@@ -208,7 +208,7 @@ impl MemoryPlan {
                     true => drafter_states(file, name).map_err(anyhow::Error::msg)?.0,
                     false => paceline_models::load(file, &backend)?.states().to_vec(),
                 };
-                Some(MemoryNeed::new(&states, sizes.kv_draft, 0))
+                Some(MemoryNeed::new(&states, sizes.kv_draft, 1))
             }
             None => None,
         };
@@ -227,7 +227,12 @@ impl MemoryPlan {
         let Sizes { n_slot, n_cell, .. } = self.sizes;
         let cells = |need: &MemoryNeed| need.cell_bytes.saturating_mul(n_cell as u64);
         let drafter = self.drafter.as_ref().map_or(0, cells);
-        [cells(&self.target), self.target.slot_bytes.saturating_mul(n_slot as u64), drafter]
+        [cells(&self.target), self.slot_bytes().saturating_mul(n_slot as u64), drafter]
+    }
+
+    /// Bytes of recurrent states of a slot. A small model that drafts forks its own, which makes two.
+    fn slot_bytes(&self) -> u64 {
+        self.target.slot_bytes + 2 * self.drafter.map_or(0, |need| need.slot_bytes)
     }
 
     fn total(&self) -> u64 {
@@ -254,7 +259,7 @@ impl MemoryPlan {
         line(
             "recurrent states",
             slots,
-            format!("as used, {} a slot, its drafts included", bytes(self.target.slot_bytes)),
+            format!("as used, {} a slot, its drafts included", bytes(self.slot_bytes())),
         )?;
         line("drafter's cells", drafter, format!("as used, {} a token", bytes(of_drafter.cell_bytes)))?;
         match cache.n_byte_max {
@@ -282,7 +287,7 @@ impl MemoryPlan {
             "kv_bytes": cells,
             "kv_token_bytes": self.target.cell_bytes,
             "recurrent_bytes": slots,
-            "recurrent_slot_bytes": self.target.slot_bytes,
+            "recurrent_slot_bytes": self.slot_bytes(),
             "drafter_kv_bytes": drafter,
             "drafter_kv_token_bytes": self.drafter.map_or(0, |need| need.cell_bytes),
             "cache_bytes": (cache.n_byte_max != usize::MAX).then_some(cache.n_byte_max),

@@ -162,7 +162,7 @@ fn a_plan_says_what_a_server_takes() {
     let drafter = repo_str(DRAFTER);
     let two = plan(&["-c", "4096", "-np", "4", "-kvu", "-ctk", "f32", "-md", &drafter, "--cache-ram", "10"]);
     assert_eq!((&two["n_ctx"], &two["n_cell"]), (&json!(4096), &json!(4096)));
-    assert_eq!(two["kv_token_bytes"], 2 * token);
+    assert_eq!(two["kv_token_bytes"], token / 2 * 3, "keys alone are twice as wide");
     assert!(
         two["drafter_kv_bytes"].as_u64() > Some(0)
             && two["weights_bytes"].as_u64() > one["weights_bytes"].as_u64()
@@ -175,6 +175,13 @@ fn a_plan_says_what_a_server_takes() {
         (&two["cache_bytes"], plan(&["--cache-ram", "-1"])["total_bytes"].is_null()),
         (&json!(10 << 20), true)
     );
+
+    // A model that drafts for itself: its cells again, and two recurrent states more.
+    let itself = plan(&["-c", "4096", "-np", "4", "-md", &repo_str(TARGET)]);
+    let number = |plan: &serde_json::Value, name: &str| plan[name].as_u64().unwrap();
+    assert_eq!(number(&itself, "drafter_kv_bytes"), number(&one, "kv_bytes"));
+    assert!(number(&itself, "recurrent_slot_bytes") >= 3 * number(&one, "recurrent_slot_bytes"));
+    assert_eq!(number(&itself, "recurrent_bytes"), 4 * number(&itself, "recurrent_slot_bytes"));
 
     let words = paceline(&["inspect", &repo_str(TARGET), "--plan"]).ok();
     assert!(words.contains("prompt cache") && words.contains("at most"), "{words}");
