@@ -44,9 +44,10 @@ def rope(x, pos, theta):
 class Drafter:
     """The weights, and the dense form."""
 
-    def __init__(self, config, weights, embedding, head):
+    def __init__(self, config, weights, embedding, head, cap=None):
         self.c, self.w, self.embedding, self.head = config, weights, embedding, head
         self.eps = config["rms_norm_eps"]
+        self.cap = cap
 
     def fuse(self, features):
         return rms(features @ self.w["fc.weight"].T, self.w["hidden_norm.weight"], self.eps)
@@ -85,7 +86,8 @@ class Drafter:
     def finish(self, states):
         out = {f"layer.{il}": x for il, x in enumerate(states)}
         out["final_norm"] = rms(states[-1], self.w["norm.weight"], self.eps)
-        out["logits"] = out["final_norm"] @ self.head.T
+        logits = out["final_norm"] @ self.head.T
+        out["logits"] = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         return out
 
     def mask(self, il, n, n_row):

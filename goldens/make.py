@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
+from transformers import (Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
                           Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
                           Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM)
 
@@ -91,6 +91,22 @@ def qwen3next(ids):
         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
 
 
+def gemma4(ids, kinds, **extra):
+    """`kinds`: one letter a layer, s for sliding and f for full. The window is smaller than the 75 tokens, the cap near
+    the logits, the head of a full layer wider, and of its 10 (or 9) pairs of dimensions few turn."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    sizes = dict(hidden_size=44, intermediate_size=76, num_attention_heads=6, num_key_value_heads=3, head_dim=12,
+                 global_head_dim=20, sliding_window=11, final_logit_softcapping=3.5, hidden_size_per_layer_input=0,
+                 vocab_size=133) | extra
+    return Gemma4ForCausalLM(Gemma4TextConfig(
+        num_hidden_layers=len(kinds), layer_types=[names[k] for k in kinds], tie_word_embeddings=True,
+        max_position_embeddings=512, bos_token_id=ids["<bos>"], eos_token_id=[ids["<eos>"], ids["<turn|>"]],
+        pad_token_id=ids["<pad>"], rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.3}},
+        **sizes))
+
+
 # Tokenizer, model, seed.
 TARGETS = {
     # 7 layers and an interval of 3: the last layer is a linear one. R = Hv/Hk = 3 differs from Hk = 2.
@@ -105,6 +121,18 @@ TARGETS = {
     # R = 3 and Hk = 2 as in `qwen35`, R = 2 and Hk = 3: tiled and grouped value heads differ in both.
     "qwen35moe": ("qwen35", qwen35moe, 207),
     "qwen3next": ("qwen2", qwen3next, 165),
+    # As the 31B: K = V on full layers, which have fewer KV heads.
+    "gemma4": ("gemma4", lambda ids: gemma4(ids, "ssfsf", attention_k_eq_v=True, num_global_key_value_heads=2), 300),
+    # As E2B: embeddings of each layer's own; the last layers read the KV of layers 4 and 5 and are twice as wide. Neither
+    # the first, nor the nearest, nor the layer a fixed distance away is the right source.
+    "gemma4-e": ("gemma4", lambda ids: gemma4(
+        ids, "sfssfsfssf", hidden_size=40, num_key_value_heads=1, num_attention_heads=4, global_head_dim=18,
+        hidden_size_per_layer_input=14, vocab_size_per_layer_input=133, num_kv_shared_layers=4,
+        use_double_wide_mlp=True), 308),
+    # As the 26B-A4B: experts beside the dense layer.
+    "gemma4-moe": ("gemma4", lambda ids: gemma4(
+        ids, "ssfsf", attention_k_eq_v=True, num_global_key_value_heads=2, enable_moe_block=True, num_experts=9,
+        top_k_experts=3, moe_intermediate_size=20), 323),
 }
 
 
@@ -113,7 +141,10 @@ def randomise(model, seed):
     """Matrices keep activations near unit size; vectors get values far from their defaults."""
     gen = torch.Generator().manual_seed(seed)
     normal = lambda p: torch.randn(p.shape, generator=gen)
-    for name, p in model.named_parameters():
+    gemma = "Gemma" in type(model).__name__
+    # Gemma's `layer_scalar` is no parameter, but is saved like one.
+    scalars = [(name, p) for name, p in model.named_buffers() if name.endswith("layer_scalar")]
+    for name, p in [*model.named_parameters(), *scalars]:
         if name.endswith("A_log"):
             p.copy_(torch.log(0.05 + 3.0 * torch.rand(p.shape, generator=gen)))
         elif name.endswith("dt_bias"):
@@ -122,11 +153,15 @@ def randomise(model, seed):
             p.copy_(0.5 * normal(p))
         elif p.ndim == 1:
             p.copy_(p + 0.3 * normal(p))  # around 0 where the norm adds 1, around 1 elsewhere
+            if gemma and name.endswith("q_norm.weight"):
+                p.mul_(0.4)  # nothing else scales the scores down
         elif "embed_tokens" in name:
-            p.copy_(0.8 * normal(p))
+            # Gemma multiplies with the root of the width.
+            p.copy_((1.0 / p.shape[1] ** 0.5 if gemma else 0.8) * normal(p))
         else:
             # Experts are stacked in front of rows and columns; routers decide clearly.
-            p.copy_(normal(p) / p.shape[-1] ** 0.5 * (2.0 if name.endswith("mlp.gate.weight") else 1.0))
+            p.copy_(normal(p) / p.shape[-1] ** 0.5 * {"mlp.gate": 2.0, "router.proj": 9.0}.get(
+                ".".join(name.split(".")[-3:-1]), 1.0))
 
 
 class Double(TorchFunctionMode):
@@ -157,7 +192,11 @@ def run(model, tokens):
     norm = model.model(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
     for h in hooks:
         h.remove()
-    return [hidden[il] for il in sorted(hidden)], norm, model.lm_head(norm)
+    logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    head = model.lm_head(norm)
+    assert (logits - (head if cap is None else cap * torch.tanh(head / cap))).abs().max() < 1e-12
+    return [hidden[il] for il in sorted(hidden)], norm, logits
 
 
 @torch.no_grad()
@@ -167,10 +206,12 @@ def router_margin(model, tokens):
 
     def look(router, _inputs, out):
         nonlocal margin
-        ranked = out[0].sort(-1, descending=True).values
-        margin = min(margin, (ranked[:, router.top_k - 1] - ranked[:, router.top_k]).min().item())
+        # Gemma's router gives probabilities.
+        top_k, scores = (router.top_k, out[0]) if hasattr(router, "top_k") else (router.config.top_k_experts, out[0].log())
+        ranked = scores.sort(-1, descending=True).values
+        margin = min(margin, (ranked[:, top_k - 1] - ranked[:, top_k]).min().item())
 
-    hooks = [m.register_forward_hook(look) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    hooks = [m.register_forward_hook(look) for m in model.modules() if type(m).__name__.endswith(("TopKRouter", "TextRouter"))]
     model(input_ids=tokens[None], use_cache=False)
     for h in hooks:
         h.remove()
@@ -227,12 +268,14 @@ POINTS = [(1, None, 6), (3, None, 6), (7, 5, 6), (8, None, 4), (9, None, 6), (12
           (69, 0, 6), (75, 33, 6)]
 
 
-def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
-    taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
+def make_drafter(name, seed, target, ids, tokens, hidden, taps, **extra):
+    # As the target does it: a factor on embedded rows, a bound on the logits.
+    scale = getattr(target.model.embed_tokens, "scalar_embed_scale", 1.0)
+    cap = getattr(target.config, "final_logit_softcapping", None)
     config = {
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": False, "block_size": 6,
-        "dflash_config": {"mask_token_id": ids["<|MASK|>"], "target_layer_ids": taps},
-        "eos_token_id": ids["<|im_end|>"], "head_dim": 14, "hidden_act": "silu",
+        "dflash_config": {"mask_token_id": ids.get("<|MASK|>", ids.get("<mask>")), "target_layer_ids": taps},
+        "eos_token_id": ids.get("<|im_end|>", ids.get("<eos>")), "head_dim": 14, "hidden_act": "silu",
         "hidden_size": target.config.hidden_size, "intermediate_size": 52,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
         "num_attention_heads": 6, "num_hidden_layers": 3, "num_key_value_heads": 2,
@@ -251,7 +294,7 @@ def make_drafter(name, seed, target, ids, tokens, hidden, **extra):
 
     f64 = lambda t: t.detach().double()
     drafter = dflash_reference.Drafter(config, {k: f64(v) for k, v in weights.items()},
-                                       f64(target.model.embed_tokens.weight), f64(target.lm_head.weight))
+                                       scale * f64(target.model.embed_tokens.weight), f64(target.lm_head.weight), cap)
     features = torch.cat([hidden[t] for t in taps], -1)
     ctx = drafter.fuse(f64(features))
     cache = dflash_reference.Cache(drafter)
@@ -310,15 +353,19 @@ def make_head(name, seed, target, tokens, norm):
 
 def main():
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TARGETS, "dflash"]
+    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash-gemma4"]
     for name in TARGETS:
-        if name in wanted or (name == "qwen35" and "dflash" in wanted):
+        drafter = {"qwen35": "dflash", "gemma4": "dflash-gemma4"}.get(name)
+        if name in wanted or drafter in wanted:
             model, ids, tokens, hidden, norm = make_target(name)
             if name == "qwen35-mtp":
                 make_head(name, 12, model, tokens, norm)
             if name == "qwen35" and "dflash" in wanted:
-                make_drafter("dflash", 7, model, ids, tokens, hidden)
-                make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, is_causal=False)
+                taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
+                make_drafter("dflash", 7, model, ids, tokens, hidden, taps)
+                make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, taps, is_causal=False)
+            if name == "gemma4" and drafter in wanted:
+                make_drafter(drafter, 8, model, ids, tokens, hidden, [0, 2, 4])
 
 
 if __name__ == "__main__":

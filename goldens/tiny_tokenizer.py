@@ -34,9 +34,40 @@ LLAMA3_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}")
 
+GEMMA_SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|tool_response>", "<|channel>"]
+GEMMA_MERGES = ["t h", "th e", "\u2581 the", "a n", "an d", "\u2581 and", "\n \n", "\u2581 a"]
+GEMMA_TEMPLATE = (
+    "{{- bos_token }}{%- for message in messages %}"
+    "{{- '<|turn>' + message.role + '\\n' + message.content + '<turn|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|turn>model\\n' }}{%- endif %}")
+
+
+def build_gemma(folder: pathlib.Path) -> dict[str, int]:
+    """As `build`, for Gemma: BPE over characters, a space being U+2581, with a few of the byte tokens."""
+    alphabet = [chr(c) for c in range(0x21, 0x7F)] + ["\u2581", "\n"]
+    bytes_ = ["<0x09>", "<0x0D>", "<0xC3>", "<0xA9>"]
+    texts = GEMMA_SPECIALS + bytes_ + alphabet + [m.replace(" ", "") for m in GEMMA_MERGES]
+    tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(texts)}, unk_token="<unk>", byte_fallback=True,
+                               fuse_unk=True, merges=[tuple(m.split(" ")) for m in GEMMA_MERGES]))
+    tok.normalizer = normalizers.Replace(" ", "\u2581")
+    tok.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tok.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tok.add_tokens([AddedToken(s, normalized=False, special=True) for s in GEMMA_SPECIALS])
+    folder.mkdir(parents=True, exist_ok=True)
+    tok.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "bos_token": "<bos>",
+              "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>",
+              "clean_up_tokenization_spaces": False}
+    (folder / "chat_template.jinja").write_text(GEMMA_TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    return {s: tok.token_to_id(s) for s in GEMMA_SPECIALS}
+
 
 def build(pre: str, folder: pathlib.Path) -> dict[str, int]:
     """Writes tokenizer.json, tokenizer_config.json (and a chat template); returns the special tokens' ids."""
+    if pre == "gemma4":
+        return build_gemma(folder)
     llama = pre == "llama-bpe"
     alphabet = [chr(c) for c in range(0x21, 0x7F)] + ["Ġ", "Ċ"]
     vocab = {t: i for i, t in enumerate(alphabet + [m.replace(" ", "") for m in MERGES])}

@@ -1,7 +1,7 @@
 //! Recording a plan: code that reads like eager maths and leaves a list of ops.
 
 use crate::{
-    op::{AttentionOp, HeadMap, Op, RopeSpec, RouterSpec},
+    op::{AttentionOp, Factor, HeadMap, Op, RopeSpec, RouterSpec},
     plan::{Buf, BufDecl, Plan, Rows, StateId, WeightId},
 };
 
@@ -175,6 +175,15 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
+    /// [`rms_norm`](Self::rms_norm) over groups of `group` values, without a weight.
+    pub fn rms_norm_plain(&mut self, src: Buf, group: usize, eps: f32) -> Buf {
+        let width = self.width(src);
+        assert_eq!(width % group, 0, "rms_norm: {width} values in groups of {group}");
+        let dst = self.like(src);
+        self.ops.push(Op::RmsNorm { src, weight: None, dst, eps, group });
+        dst
+    }
+
     /// `rms_norm(src) * silu(gate)` over groups as long as `weight`.
     pub fn gated_rms_norm(&mut self, src: Buf, gate: Buf, weight: &Vector, eps: f32) -> Buf {
         self.same_shape("gated_rms_norm", src, gate);
@@ -315,6 +324,37 @@ impl<'a> PlanBuilder<'a> {
         dst
     }
 
+    /// `gelu(gate) * up`.
+    pub fn gelu_mul(&mut self, gate: Buf, up: Buf) -> Buf {
+        self.same_shape("gelu_mul", gate, up);
+        let dst = self.like(up);
+        self.ops.push(Op::GeluMul { gate, up, dst });
+        dst
+    }
+
+    /// `cap * tanh(src / cap)`.
+    pub fn softcap(&mut self, src: Buf, cap: f32) -> Buf {
+        assert!(cap > 0.0, "softcap: a cap of {cap}");
+        let dst = self.like(src);
+        self.ops.push(Op::Softcap { src, cap, dst });
+        dst
+    }
+
+    /// `factor * src`.
+    pub fn scale(&mut self, src: Buf, factor: f32) -> Buf {
+        let dst = self.like(src);
+        self.ops.push(Op::Scale { src, factor: Factor::Constant(factor), dst });
+        dst
+    }
+
+    /// `factor * src`, the factor being the one value of a weight.
+    pub fn scale_by(&mut self, src: Buf, factor: &Vector) -> Buf {
+        assert_eq!(factor.len, 1, "scale_by: {} factors", factor.len);
+        let dst = self.like(src);
+        self.ops.push(Op::Scale { src, factor: Factor::Weight(factor.id), dst });
+        dst
+    }
+
     /// `src * sigmoid(gate)`; the gate is as wide as `src`, or one value for the whole row.
     pub fn sigmoid_mul(&mut self, src: Buf, gate: Buf) -> Buf {
         if self.width(gate) != 1 || self.decl(gate).rows != self.decl(src).rows {
@@ -422,6 +462,10 @@ mod tests {
         check(|p, [six, four, _]| _ = p.add(six, four), "add: 6 values of Batch rows against 4 of Batch");
         check(|p, [_, four, out]| _ = p.add(four, out), "add: 4 values of Batch rows against 4 of Output");
         check(|p, [six, four, _]| _ = p.silu_mul(six, four), "silu_mul: 6 values of Batch rows against 4");
+        check(|p, [six, four, _]| _ = p.gelu_mul(six, four), "gelu_mul: 6 values of Batch rows against 4");
+        check(|p, [six, ..]| _ = p.softcap(six, 0.0), "softcap: a cap of 0");
+        check(|p, [six, ..]| _ = p.scale_by(six, &vector(2)), "scale_by: 2 factors");
+        check(|p, [six, ..]| _ = p.rms_norm_plain(six, 4, 0.0), "rms_norm: 6 values in groups of 4");
         check(
             |p, [six, four, _]| _ = p.sigmoid_mul(six, four),
             "sigmoid_mul: 6 values of Batch rows against 4",
@@ -473,7 +517,13 @@ mod tests {
             |p, [six, four, _]| _ = p.delta_rule(StateId(0), six, (four, four), 6, HeadMap::Tiled, 0.0),
             "delta_rule: 6 values in 4 heads",
         );
-        let spec = |n_used| RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 };
+        let spec = |n_used| RouterSpec {
+            n_used,
+            score: RouterScore::Softmax,
+            normalise: true,
+            scale: 1.0,
+            expert_scale: None,
+        };
         let experts = |n_in, n_expert| Experts { id: WeightId(0), n_in, n_out: 2, n_expert };
         check(|p, [_, four, _]| _ = p.router(four, spec(5)), "router: 5 of 4 experts");
         check(|p, [_, four, _]| _ = p.router(four, spec(0)), "router: 0 of 4 experts");

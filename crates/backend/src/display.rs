@@ -15,7 +15,7 @@
 use std::fmt;
 
 use crate::{
-    op::{BlockMask, HeadMap, Op},
+    op::{BlockMask, Factor, HeadMap, Op},
     plan::{Buf, Plan, Rows, StateId, WeightId},
 };
 
@@ -72,12 +72,13 @@ impl Plan {
                 to(*dst, format!("matmul {weight} {src}{}", or(*bias, "bias")))
             }
             Op::Router { logits, spec, ids, weights } => format!(
-                "{}, {} = router {logits}, {:?}, {}scale {}",
+                "{}, {} = router {logits}, {:?}, {}scale {}{}",
                 self.shape(*ids),
                 self.shape(*weights),
                 spec.score,
                 if spec.normalise { "normalised, " } else { "" },
-                spec.scale
+                spec.scale,
+                or(spec.expert_scale, "expert scale")
             ),
             Op::ExpertMatMul { weight, n_expert, ids, src, dst, .. } => {
                 to(*dst, format!("expert_matmul {weight} {src}, {n_expert} experts, ids {ids}"))
@@ -142,6 +143,10 @@ impl Plan {
                 )
             }
             Op::SiluMul { gate, up, dst } => to(*dst, format!("silu_mul {gate}, {up}")),
+            Op::GeluMul { gate, up, dst } => to(*dst, format!("gelu_mul {gate}, {up}")),
+            Op::Softcap { src, cap, dst } => to(*dst, format!("softcap {src}, cap {cap}")),
+            Op::Scale { src, factor: Factor::Constant(by), dst } => to(*dst, format!("scale {src}, by {by}")),
+            Op::Scale { src, factor: Factor::Weight(id), dst } => to(*dst, format!("scale {src}, by {id}")),
             Op::SigmoidMul { src, gate, dst } => to(*dst, format!("sigmoid_mul {src}, gate {gate}")),
             Op::Add { a, b, dst } => to(*dst, format!("add {a}, {b}")),
             Op::Columns { src, dst, group, offset, len } => {

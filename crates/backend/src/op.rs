@@ -51,6 +51,8 @@ pub struct RouterSpec {
     pub normalise: bool,
     /// Factor on the weights after that.
     pub scale: f32,
+    /// A factor of each expert's own on its weight, after that, `[n_expert]`.
+    pub expert_scale: Option<WeightId>,
 }
 
 /// What a router makes of a row of logits.
@@ -60,6 +62,15 @@ pub enum RouterScore {
     Softmax,
     /// The sigmoid of each.
     Sigmoid,
+}
+
+/// What a row is multiplied with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Factor {
+    /// The same for every model of an architecture.
+    Constant(f32),
+    /// The one value of a weight.
+    Weight(WeightId),
 }
 
 /// Softmax attention of each row over its sequence's cells and its lane's rows.
@@ -250,6 +261,33 @@ pub enum Op {
         /// Result.
         dst: Buf,
     },
+    /// `dst = gelu(gate) * up`, the tanh form.
+    GeluMul {
+        /// Through the GELU.
+        gate: Buf,
+        /// Multiplied.
+        up: Buf,
+        /// Result.
+        dst: Buf,
+    },
+    /// `dst = cap * tanh(src / cap)`.
+    Softcap {
+        /// Input.
+        src: Buf,
+        /// Bound on the result.
+        cap: f32,
+        /// Result.
+        dst: Buf,
+    },
+    /// `dst = factor * src`.
+    Scale {
+        /// Input.
+        src: Buf,
+        /// One value for all.
+        factor: Factor,
+        /// Result.
+        dst: Buf,
+    },
     /// `dst = src * sigmoid(gate)`.
     SigmoidMul {
         /// Input.
@@ -337,7 +375,8 @@ impl Op {
             Op::Attention(ref op) => vec![op.q],
             Op::DeltaGates { alpha, b, .. } => vec![alpha, b],
             Op::DeltaRule { qkv, decay, beta, .. } => vec![qkv, decay, beta],
-            Op::SiluMul { gate, up, .. } => vec![gate, up],
+            Op::SiluMul { gate, up, .. } | Op::GeluMul { gate, up, .. } => vec![gate, up],
+            Op::Softcap { src, .. } | Op::Scale { src, .. } => vec![src],
             Op::Add { a, b, .. } => vec![a, b],
         }
     }
@@ -364,6 +403,9 @@ impl Op {
             | Op::ShortConv { dst, .. }
             | Op::DeltaRule { dst, .. }
             | Op::SiluMul { dst, .. }
+            | Op::GeluMul { dst, .. }
+            | Op::Softcap { dst, .. }
+            | Op::Scale { dst, .. }
             | Op::SigmoidMul { dst, .. }
             | Op::Add { dst, .. }
             | Op::Columns { dst, .. }

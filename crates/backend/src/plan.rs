@@ -172,6 +172,16 @@ impl Plan {
         })
     }
 
+    /// How many cells, its own included, the rows of this plan look back in a KV state: the widest window of the ops that
+    /// read it, or none if one of them looks at all. Cells further back than that are dead.
+    pub fn window(&self, state: StateId) -> Option<usize> {
+        let reads = self.ops.iter().filter_map(|op| match op {
+            Op::Attention(op) if op.state == state => Some(op.window),
+            _ => None,
+        });
+        reads.reduce(|a, b| Some(a?.max(b?))).flatten()
+    }
+
     /// Columns of the arena that `buf` occupies.
     pub fn columns(&self, buf: Buf) -> Range<usize> {
         let start = self.offsets[buf.0 as usize];

@@ -46,6 +46,11 @@ impl Config {
         self.json.get(key).filter(|value| !value.is_null())
     }
 
+    /// The keys that are there.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.json.as_object().into_iter().flatten().map(|(key, _)| key.as_str())
+    }
+
     /// The object under `key`, if there is one.
     pub(crate) fn section(&self, key: &str) -> Option<Config> {
         let json = self.get(key)?.clone();

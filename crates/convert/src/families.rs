@@ -2,6 +2,7 @@
 
 mod decoder;
 mod dflash;
+mod gemma4;
 mod llama;
 mod moe;
 mod qwen3;
@@ -25,6 +26,7 @@ pub(crate) const FAMILIES: &[Family] = &[
     qwen3moe::FAMILY,
     llama::FAMILY,
     dflash::FAMILY,
+    gemma4::FAMILY,
 ];
 
 /// A kind of checkpoint that can be converted.

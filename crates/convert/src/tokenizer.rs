@@ -1,7 +1,8 @@
 //! A checkpoint's tokenizer as GGUF metadata: `tokenizer.json`, with the flags of `tokenizer_config.json`, the end tokens
 //! and sampling defaults of `generation_config.json`, and the chat template.
 //!
-//! Only byte-level BPE can be expressed here (`tokenizer.ggml.model = gpt2`). GGUF does not store the pattern that splits
+//! Two kinds can be expressed: byte-level BPE (`tokenizer.ggml.model = gpt2`), and Gemma's BPE over characters (`gemma4`),
+//! which is known by its byte fallback and by spaces that become U+2581. For the first, GGUF does not store the pattern that splits
 //! text before merging but its name, so the pattern must be one of [`PRE_TOKENIZERS`], character by character. Ids without
 //! a token, up to the rows of the embedding, become `[PADn]` of type unused: never sampled, never matched.
 
@@ -33,7 +34,7 @@ const PRE_TOKENIZERS: &[(&str, &str)] = &[
 
 /// Special tokens that are known by their text: (the key's middle, texts in order of preference).
 const KNOWN_BY_TEXT: &[(&str, &[&str])] = &[
-    ("eot", &["<|eot_id|>", "<|im_end|>", "<end_of_turn>"]),
+    ("eot", &["<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<turn|>"]),
     ("eom", &["<|eom_id|>"]),
     ("fim_pre", &["<|fim_prefix|>"]),
     ("fim_suf", &["<|fim_suffix|>"]),
@@ -52,6 +53,20 @@ const ENDS_BY_TEXT: &[&str] = &[
     "<|endoftext|>",
     "<|eom_id|>",
     "<|end_of_text|>",
+    "<turn|>",
+    "<eos>",
+    "<|tool_response>",
+];
+
+/// Gemma's markers that a reader of its answers looks for: shown like text, though its tokenizer calls them special.
+const GEMMA_MARKERS: &[&str] = &[
+    "<|channel>",
+    "<channel|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    "<|\"|>",
 ];
 
 /// `tokenizer.ggml.token_type`, by the numbers of the format.
@@ -61,6 +76,14 @@ enum TokenType {
     Control = 3,
     UserDefined = 4,
     Unused = 5,
+    Byte = 6,
+}
+
+/// How text is cut and merged.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    ByteLevel,
+    Gemma,
 }
 
 /// What a directory says about text.
@@ -92,8 +115,12 @@ pub(crate) fn read(dir: &Path, n_vocab: usize, pre: Option<&str>) -> Result<Toke
     let mut notes = Vec::new();
     let mut put = |key: &str, value: Value| keys.push((format!("tokenizer.{key}"), value));
 
-    put("ggml.model", "gpt2".into());
-    put("ggml.pre", file.pre_tokenizer(pre)?.into());
+    let (model, pre) = match file.kind {
+        Kind::ByteLevel => ("gpt2", file.pre_tokenizer(pre)?),
+        Kind::Gemma => ("gemma4", "gemma4"),
+    };
+    put("ggml.model", model.into());
+    put("ggml.pre", pre.into());
     let vocab = file.vocab(n_vocab)?;
     put("ggml.tokens", vocab.texts.clone().into());
     put("ggml.token_type", vocab.types.clone().into());
@@ -140,6 +167,8 @@ pub(crate) fn read(dir: &Path, n_vocab: usize, pre: Option<&str>) -> Result<Toke
     }
     let add_bos = match config.opt_bool("add_bos_token")? {
         Some(add) => add,
+        // Its own files leave it out or say false, and answer nonsense without.
+        None if file.kind == Kind::Gemma => special.contains_key("bos"),
         None => special.get("bos").is_some_and(|&bos| file.template_starts_with(vocab.text(bos))),
     };
     put("ggml.add_bos_token", add_bos.into());
@@ -160,20 +189,27 @@ pub(crate) fn read(dir: &Path, n_vocab: usize, pre: Option<&str>) -> Result<Toke
 struct File {
     config: Config,
     model: Config,
+    kind: Kind,
 }
 
 impl File {
     fn read(path: PathBuf) -> Result<File, Error> {
         let config = Config::read(&path)?;
         let model = config.section("model").ok_or_else(|| config.error("model", "an object", ""))?;
-        let file = File { config, model };
+        let mut file = File { config, model, kind: Kind::ByteLevel };
         // Files from before 2021 leave out the type of a BPE model.
         let ty = file.model.opt_str("type")?.unwrap_or("BPE");
         if ty != "BPE" {
             return Err(file.error("a BPE model", format!("`{ty}`"), ONLY_BPE));
         }
         if file.model.flag("byte_fallback")? {
-            return Err(file.error("byte-level BPE", "BPE with byte fallback (SentencePiece)", ONLY_BPE));
+            // SentencePiece models have more steps, such as a space in front.
+            let step = file.config.get("normalizer").unwrap_or(&Json::Null);
+            let of_space = step.get("pattern").and_then(|p| p.get("String")) == Some(&Json::from(" "));
+            if !of_space || step.get("content") != Some(&Json::from("\u{2581}")) {
+                return Err(file.error("byte-level BPE", "BPE with byte fallback (SentencePiece)", ONLY_BPE));
+            }
+            file.kind = Kind::Gemma;
         }
         Ok(file)
     }
@@ -235,7 +271,8 @@ impl File {
             }
         };
         for (text, id) in entries {
-            put(text, id.as_u64(), TokenType::Normal)?;
+            let byte = self.kind == Kind::Gemma && is_byte(text);
+            put(text, id.as_u64(), if byte { TokenType::Byte } else { TokenType::Normal })?;
         }
         for token in self.config.get("added_tokens").and_then(Json::as_array).into_iter().flatten() {
             let Some(text) = token.get("content").and_then(Json::as_str) else {
@@ -243,7 +280,10 @@ impl File {
             };
             let special = token.get("special").and_then(Json::as_bool).unwrap_or(false);
             // Some files forget to mark `<|fim_prefix|>` and its like; shown in the output they'd only confuse.
-            let control = special || (text.starts_with("<|") && text.ends_with("|>"));
+            let control = match self.kind {
+                Kind::ByteLevel => special || (text.starts_with("<|") && text.ends_with("|>")),
+                Kind::Gemma => special && !GEMMA_MARKERS.contains(&text),
+            };
             let ty = if control { TokenType::Control } else { TokenType::UserDefined };
             put(text, token.get("id").and_then(Json::as_u64), ty)?;
         }
@@ -291,8 +331,15 @@ impl File {
     }
 }
 
-const ONLY_BPE: &str = "only byte-level BPE tokenizers can be converted: use a published GGUF of this model";
+const ONLY_BPE: &str =
+    "only byte-level BPE and that of Gemma 4 can be converted: use a published GGUF of this model";
 const DAMAGED: &str = "the file is damaged: download it again";
+
+/// Whether a token is `<0x00>` to `<0xFF>`.
+fn is_byte(text: &str) -> bool {
+    let digits = text.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    digits.is_some_and(|d| d.len() == 2 && d.bytes().all(|b| b.is_ascii_hexdigit()))
+}
 
 /// Every id's text and type, padding included.
 struct Vocab {

@@ -23,7 +23,10 @@ pub(crate) fn assign<'a>(
     let arch = metadata.require_str("general.architecture")?;
     let size = |key: &str| metadata.require_u32(&format!("{arch}.{key}")).map(|n| n as usize);
     let names = tensors.clone().map(|(name, _)| name);
-    let (n_head, n_head_kv) = (size("attention.head_count")?, size("attention.head_count_kv")?);
-    let mut assignment = Assignment::new(mix, Model::new(names, size("block_count")?, n_head, n_head_kv));
+    let (n_layer, n_head) = (size("block_count")?, size("attention.head_count")?);
+    // Where layers differ, the first one speaks for all.
+    let n_head_kv = metadata.require_u32_or_array(&format!("{arch}.attention.head_count_kv"), n_layer)?;
+    let n_head_kv = n_head_kv.first().map_or(n_head, |&n| n as usize);
+    let mut assignment = Assignment::new(mix, Model::new(names, n_layer, n_head, n_head_kv));
     Ok(tensors.map(|(name, shape)| assignment.next(name, shape).unwrap_or(GgmlType::F32)).collect())
 }

@@ -480,3 +480,135 @@ fn types_round_trip() {
         assert_eq!(model.report.types.values().sum::<usize>(), model.file.tensors().len());
     }
 }
+
+#[test]
+fn gemma4() {
+    let model = converted("gemma4", "f32", None);
+    model.strs(&[
+        ("general.architecture", "gemma4"),
+        ("tokenizer.ggml.model", "gemma4"),
+        ("tokenizer.ggml.pre", "gemma4"),
+    ]);
+    model.ints(&[
+        ("gemma4.block_count", 5),
+        ("gemma4.embedding_length", 44),
+        ("gemma4.feed_forward_length", 76),
+        ("gemma4.attention.head_count", 6),
+        ("gemma4.attention.key_length", 20),
+        ("gemma4.attention.value_length", 20),
+        ("gemma4.attention.key_length_swa", 12),
+        ("gemma4.attention.value_length_swa", 12),
+        ("gemma4.attention.sliding_window", 11),
+        ("gemma4.attention.shared_kv_layers", 0),
+        ("gemma4.embedding_length_per_layer_input", 0),
+        ("gemma4.rope.dimension_count", 20),
+        ("gemma4.rope.dimension_count_swa", 12),
+        ("tokenizer.ggml.bos_token_id", 2),
+        ("tokenizer.ggml.eos_token_id", 1),
+        ("tokenizer.ggml.eot_token_id", 6),
+        ("tokenizer.ggml.padding_token_id", 0),
+        ("tokenizer.ggml.mask_token_id", 4),
+    ]);
+    model.floats(&[
+        ("gemma4.final_logit_softcapping", 3.5),
+        ("gemma4.rope.freq_base", 1e6),
+        ("gemma4.rope.freq_base_swa", 1e4),
+    ]);
+    let metadata = model.file.metadata();
+    let sliding = metadata.bool_array("gemma4.attention.sliding_window_pattern").unwrap();
+    assert_eq!(sliding, Some(vec![true, true, false, true, false]));
+    let heads = metadata.u32_array("gemma4.attention.head_count_kv").unwrap();
+    assert_eq!(heads, Some(vec![3, 3, 2, 3, 2]));
+    assert_eq!(metadata.bool("tokenizer.ggml.add_bos_token").unwrap(), Some(true));
+    assert!(!metadata.contains("gemma4.expert_count"));
+    for (id, text, ty) in [
+        (0, "<pad>", 3),
+        (6, "<turn|>", 3),
+        (7, "<|tool_response>", 4),
+        (8, "<|channel>", 4),
+        (9, "<0x09>", 6),
+        (13, "!", 1),
+        (107, "\u{2581}", 1),
+        (108, "\n", 1),
+        (117, "[PAD117]", 5),
+    ] {
+        assert_eq!(model.token(id), (text.to_string(), ty));
+    }
+    let merges = metadata.require_bytes_array("tokenizer.ggml.merges").unwrap();
+    assert_eq!((merges.len(), &merges[6]), (8, "\n \n".as_bytes()));
+
+    // Three of the ten pairs of a full layer turn.
+    let divisors: Vec<f32> = (0..10).map(|i| if i < 3 { 1.0 } else { 1e30 }).collect();
+    assert_eq!(model.values("rope_freqs.weight"), divisors);
+    model.same("token_embd.weight", "model.embed_tokens.weight", &[44, 133]);
+    model.same("output_norm.weight", "model.norm.weight", &[44]);
+    for il in 0..5 {
+        let (blk, layer) = (
+            |name: &str| format!("blk.{il}.{name}.weight"),
+            |name: &str| format!("model.layers.{il}.{name}"),
+        );
+        for (name, norm) in [
+            ("attn_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("ffn_norm", "pre_feedforward_layernorm"),
+            ("post_ffw_norm", "post_feedforward_layernorm"),
+        ] {
+            model.same(&blk(name), &layer(&format!("{norm}.weight")), &[44]);
+        }
+        let (dim, n_kv) = if [2, 4].contains(&il) { (20, 40) } else { (12, 36) };
+        model.same(&blk("attn_q"), &layer("self_attn.q_proj.weight"), &[44, 6 * dim]);
+        model.same(&blk("attn_k"), &layer("self_attn.k_proj.weight"), &[44, n_kv]);
+        model.same(&blk("attn_output"), &layer("self_attn.o_proj.weight"), &[6 * dim, 44]);
+        model.same(&blk("attn_k_norm"), &layer("self_attn.k_norm.weight"), &[dim]);
+        model.same(&blk("layer_output_scale"), &layer("layer_scalar"), &[1]);
+        let has_v = model.file.tensor(&blk("attn_v")).is_some();
+        assert_eq!(has_v, ![2, 4].contains(&il), "the values of layer {il}");
+    }
+    assert_eq!(model.file.tensors().len(), 3 + 3 * 14 + 2 * 13);
+    assert!(model.report.skipped.is_empty() && model.report.notes.is_empty(), "{:?}", model.report);
+}
+
+#[test]
+fn gemma4_with_embeddings_per_layer() {
+    let model = converted("gemma4-e", "f32", None);
+    model.ints(&[
+        ("gemma4.attention.shared_kv_layers", 4),
+        ("gemma4.embedding_length_per_layer_input", 14),
+        ("gemma4.attention.head_count_kv", 1),
+    ]);
+    let widths = model.file.metadata().u32_array("gemma4.feed_forward_length").unwrap();
+    assert_eq!(widths, Some([[76; 6].to_vec(), [152; 4].to_vec()].concat()));
+    model.same("per_layer_token_embd.weight", "model.embed_tokens_per_layer.weight", &[140, 133]);
+    model.same("per_layer_model_proj.weight", "model.per_layer_model_projection.weight", &[40, 140]);
+    model.same("per_layer_proj_norm.weight", "model.per_layer_projection_norm.weight", &[14]);
+    model.same("blk.7.inp_gate.weight", "model.layers.7.per_layer_input_gate.weight", &[40, 14]);
+    model.same("blk.7.proj.weight", "model.layers.7.per_layer_projection.weight", &[14, 40]);
+    model.same("blk.7.post_norm.weight", "model.layers.7.post_per_layer_input_norm.weight", &[40]);
+    model.same("blk.4.attn_v.weight", "model.layers.4.self_attn.v_proj.weight", &[40, 18]);
+    assert!((6..10).all(|il| model.file.tensor(&format!("blk.{il}.attn_k.weight")).is_none()));
+    assert_eq!(model.file.tensors().len(), 6 + 6 * 17 + 4 * 14);
+}
+
+#[test]
+fn gemma4_with_experts() {
+    let model = converted("gemma4-moe", "f32", None);
+    model.ints(&[
+        ("gemma4.expert_count", 9),
+        ("gemma4.expert_used_count", 3),
+        ("gemma4.expert_feed_forward_length", 20),
+        ("gemma4.feed_forward_length", 76),
+    ]);
+    for (name, part, shape) in [
+        ("ffn_gate_inp.weight", "router.proj.weight", &[44, 9][..]),
+        ("ffn_gate_inp.scale", "router.scale", &[44]),
+        ("ffn_down_exps.scale", "router.per_expert_scale", &[9]),
+        ("ffn_gate_up_exps.weight", "experts.gate_up_proj", &[44, 40, 9]),
+        ("ffn_down_exps.weight", "experts.down_proj", &[20, 44, 9]),
+        ("pre_ffw_norm_2.weight", "pre_feedforward_layernorm_2.weight", &[44]),
+        ("post_ffw_norm_1.weight", "post_feedforward_layernorm_1.weight", &[44]),
+        ("post_ffw_norm_2.weight", "post_feedforward_layernorm_2.weight", &[44]),
+    ] {
+        model.same(&format!("blk.3.{name}"), &format!("model.layers.3.{part}"), shape);
+    }
+    assert_eq!(model.file.tensors().len(), 3 + 3 * 22 + 2 * 21);
+}

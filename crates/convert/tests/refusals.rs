@@ -213,3 +213,33 @@ fn pairs_that_do_not_fit() {
         &["vocabulary: the drafter expects 140, the target has 131"],
     );
 }
+
+#[test]
+fn gemmas_that_differ() {
+    check(
+        edited("gemma4").set("hidden_activation", "silu"),
+        &["`hidden_activation`: expected `gelu_pytorch_tanh`"],
+    );
+    check(edited("gemma4").set("attention_bias", true), &["`attention_bias`", "not supported yet"]);
+    check(
+        edited("gemma4").set("use_bidirectional_attention", "all"),
+        &["`use_bidirectional_attention`: expected a text model that looks back only"],
+    );
+    check(edited("gemma4").set("layer_types", json!(["full_attention"])), &["expected 5 times"]);
+    check(
+        edited("gemma4").config(|config| config["per_layer_config"]["2"]["head_dim"] = 16.into()),
+        &["`per_layer_config`: expected one head_dim for all layers of a kind"],
+    );
+    check(
+        edited("gemma4").config(|config| config["per_layer_config"]["2"]["num_key_value_heads"] = 4.into()),
+        &["for layer 2 an even head_dim, and KV heads that divide 6"],
+    );
+    check(edited("gemma4-e").set("num_kv_shared_layers", 10), &["expected less than 10 layers"]);
+    check(edited("gemma4-e").set("vocab_size_per_layer_input", 99), &["as many as vocab_size"]);
+    check(
+        edited("gemma4").config(|config| {
+            config["rope_parameters"]["full_attention"]["rope_type"] = "yarn".into();
+        }),
+        &["`rope_parameters.full_attention.rope_type`: expected `proportional` or `default`, found \"yarn\""],
+    );
+}

@@ -330,3 +330,24 @@ fn an_older_file_stays_until_the_new_one_is_whole() {
     let model = model.set("intermediate_size", 72);
     assert_eq!(model.file().metadata().str("general.architecture").unwrap(), Some("qwen3"));
 }
+
+/// Older configs name the sizes of full layers beside those of the others.
+#[test]
+fn gemma_sizes_in_both_spellings() {
+    let new = edited("gemma4");
+    let old = edited("gemma4").config(|config| {
+        config.as_object_mut().unwrap().remove("per_layer_config");
+        config["global_head_dim"] = 20.into();
+        config["num_global_key_value_heads"] = 2.into();
+    });
+    let padded = edited("gemma4").config(|config| {
+        let own = config["per_layer_config"].take();
+        config["per_layer_config"] = serde_json::json!({"02": own["2"], "04": own["4"]});
+    });
+    let [new, old, padded] = [new, old, padded].map(|edited| {
+        edited.convert().unwrap();
+        std::fs::read(&edited.options.out).unwrap()
+    });
+    assert!(new == old, "per_layer_config and global_head_dim differ");
+    assert!(new == padded, "2 and 02 differ");
+}

@@ -50,15 +50,36 @@ pub fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
-/// The tanh form of GELU: `0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
+/// The tanh form of GELU: `0.5 x (1 + tanh(u))` with `u = √(2/π) (x + 0.044715 x³)`.
+///
+/// `0.5 (1 + tanh(u))` is `sigmoid(2 u)`, which loses nothing where tanh comes near -1.
+#[inline(always)]
 pub fn gelu(x: f32) -> f32 {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    0.5 * x * (1.0 + (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)).tanh())
+    /// `2 √(2/π)`, and 0.044715 times that.
+    const LINEAR: f32 = 1.595_769;
+    const CUBIC: f32 = 0.071_354_81;
+    x / (1.0 + exp(-(x * (CUBIC * (x * x) + LINEAR))))
+}
+
+/// The hyperbolic tangent to 2 units in the last place; it runs in vectors, as [`exp`] does. NaN stays NaN.
+///
+/// Near 0 a polynomial (the coefficients of `tanhf` in the Cephes library), elsewhere `1 - 2 / (e^2|x| + 1)`.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    let (size, square) = (x.abs(), x * x);
+    let series = -5.704_988_7e-3 * square + 2.063_909e-2;
+    let series = series * square - 5.373_971_6e-2;
+    let series = series * square + 1.333_144_2e-1;
+    let series = series * square - 3.333_328e-1;
+    let near = series * square * x + x;
+    let far = (1.0 - 2.0 / (exp(size + size) + 1.0)).copysign(x);
+    if size < 0.625 { near } else { far }
 }
 
 /// `cap · tanh(x / cap)`: nearly `x` where it is small, never beyond `±cap`.
+#[inline(always)]
 pub fn softcap(x: f32, cap: f32) -> f32 {
-    cap * (x / cap).tanh()
+    cap * tanh(x / cap)
 }
 
 /// `out[i] = silu(gate[i]) · up[i]`, the gate of a SwiGLU feed-forward.
@@ -68,6 +89,7 @@ pub fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
 }
 
 /// `out[i] = gelu(gate[i]) · up[i]`, the gate of a GeGLU feed-forward.
+#[inline(always)]
 pub fn gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     gated(gate, up, out, gelu);
 }
@@ -78,6 +100,20 @@ pub fn sigmoid_mul(gate: &[f32], x: &[f32], out: &mut [f32]) {
     gated(gate, x, out, sigmoid);
 }
 
+/// `out[i] = softcap(x[i])`.
+#[inline(always)]
+pub fn softcap_row(x: &[f32], cap: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "a row and its result");
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = softcap(*x, cap));
+}
+
+/// `out = factor · x`.
+#[inline(always)]
+pub fn scale(x: &[f32], factor: f32, out: &mut [f32]) {
+    assert_eq!(x.len(), out.len(), "a row and its result");
+    out.iter_mut().zip(x).for_each(|(out, x)| *out = factor * x);
+}
+
 /// `out = a + b`.
 #[inline(always)]
 pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
@@ -85,11 +121,6 @@ pub fn add(a: &[f32], b: &[f32], out: &mut [f32]) {
     for ((a, b), out) in a.iter().zip(b).zip(out) {
         *out = a + b;
     }
-}
-
-/// [`softcap`] of a whole row, in place.
-pub fn softcap_row(row: &mut [f32], cap: f32) {
-    row.iter_mut().for_each(|x| *x = softcap(*x, cap));
 }
 
 #[inline(always)]
@@ -119,6 +150,35 @@ mod tests {
         assert_eq!(exp(-1e30), exp(-87.0));
         assert_eq!([exp(89.0), exp(f32::INFINITY)], [f32::INFINITY; 2]);
         assert!(exp(f32::NAN).is_nan() && silu(f32::NAN).is_nan() && sigmoid(f32::NAN).is_nan());
+    }
+
+    /// Units in the last place between `got` and the exact value, where that is no smaller than 1e-30.
+    fn ulps(got: f32, want: f64) -> f64 {
+        let unit = f64::from(f32::EPSILON) * 2f64.powi(want.abs().log2().floor() as i32);
+        (f64::from(got) - want).abs() / unit
+    }
+
+    #[test]
+    fn tanh_and_gelu_are_close_everywhere() {
+        let (mut worst_tanh, mut worst_gelu) = (0f64, 0f64);
+        for bits in (1e-20f32.to_bits()..90f32.to_bits()).step_by(300) {
+            for x in [f32::from_bits(bits), -f32::from_bits(bits)] {
+                worst_tanh = worst_tanh.max(ulps(tanh(x), f64::from(x).tanh()));
+                let wide = f64::from(x);
+                let u = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044715 * wide.powi(3));
+                let want = wide / (1.0 + (-2.0 * u).exp());
+                if x > -3.0 {
+                    // What a rounding of the exponent moves grows with it.
+                    worst_gelu = worst_gelu.max(ulps(gelu(x), want) / (1.0 + u.min(0.0).abs()));
+                } else {
+                    assert!((f64::from(gelu(x)) - want).abs() < 1e-8, "gelu({x})");
+                }
+            }
+        }
+        assert!(worst_tanh < 2.5, "tanh is off by {worst_tanh} ulp");
+        assert!(worst_gelu < 5.0, "gelu is off by {worst_gelu} ulp");
+        assert_eq!([tanh(1e30), tanh(-1e30), tanh(0.0)], [1.0, -1.0, 0.0]);
+        assert!(tanh(f32::NAN).is_nan() && gelu(f32::NAN).is_nan() && softcap(f32::NAN, 3.0).is_nan());
     }
 
     /// `f` against its f64 reference at `xs`, to a few roundings of the result.
@@ -166,7 +226,10 @@ mod tests {
         assert_eq!(out, [0.0, gelu(2.0) * 3.0]);
         sigmoid_mul(&[0.0, 2.0], &[5.0, 3.0], &mut out);
         assert_eq!(out, [2.5, sigmoid(2.0) * 3.0]);
-        softcap_row(&mut out, 2.0);
-        assert_eq!(out, [softcap(2.5, 2.0), softcap(sigmoid(2.0) * 3.0, 2.0)]);
+        let x = out;
+        softcap_row(&x, 2.0, &mut out);
+        assert_eq!(out, x.map(|x| softcap(x, 2.0)));
+        scale(&x, 0.5, &mut out);
+        assert_eq!(out, [1.25, sigmoid(2.0) * 1.5]);
     }
 }

@@ -6,17 +6,28 @@
 use crate::rope::{self, Pairing, Turn};
 use crate::{act, conv, norm};
 
+/// A norm of rows: input, weight, what is added to the mean square, output.
+pub type RmsNorm = fn(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]);
+/// A norm of rows behind a gate: input, weight, gate, what is added to the mean square, output.
+pub type GatedRmsNorm = fn(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]);
+
 /// Row ops of one instruction set; the modules that define them say what they compute and when they panic.
 #[derive(Clone, Copy, Debug)]
 pub struct RowOps {
     /// [`norm::rms_norm`].
-    pub rms_norm: fn(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]),
+    pub rms_norm: RmsNorm,
     /// [`norm::gated_rms_norm`].
-    pub gated_rms_norm: fn(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]),
+    pub gated_rms_norm: GatedRmsNorm,
     /// [`norm::l2_norm`].
     pub l2_norm: fn(x: &[f32], eps: f32, out: &mut [f32]),
     /// [`act::silu_mul`].
     pub silu_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]),
+    /// [`act::gelu_mul`].
+    pub gelu_mul: fn(gate: &[f32], up: &[f32], out: &mut [f32]),
+    /// [`act::softcap_row`].
+    pub softcap: fn(x: &[f32], cap: f32, out: &mut [f32]),
+    /// [`act::scale`].
+    pub scale: fn(x: &[f32], factor: f32, out: &mut [f32]),
     /// [`act::sigmoid_mul`].
     pub sigmoid_mul: fn(gate: &[f32], x: &[f32], out: &mut [f32]),
     /// [`act::add`].
@@ -33,6 +44,9 @@ pub const PLAIN: RowOps = RowOps {
     gated_rms_norm: norm::gated_rms_norm,
     l2_norm: norm::l2_norm,
     silu_mul: act::silu_mul,
+    gelu_mul: act::gelu_mul,
+    softcap: act::softcap_row,
+    scale: act::scale,
     sigmoid_mul: act::sigmoid_mul,
     add: act::add,
     rotate: rope::rotate,
@@ -52,6 +66,9 @@ macro_rules! row_ops {
                 gated_rms_norm(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]));
             row_ops!(@op $features, norm::l2_norm, l2_norm(x: &[f32], eps: f32, out: &mut [f32]));
             row_ops!(@op $features, act::silu_mul, silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]));
+            row_ops!(@op $features, act::gelu_mul, gelu_mul(gate: &[f32], up: &[f32], out: &mut [f32]));
+            row_ops!(@op $features, act::softcap_row, softcap(x: &[f32], cap: f32, out: &mut [f32]));
+            row_ops!(@op $features, act::scale, scale(x: &[f32], factor: f32, out: &mut [f32]));
             row_ops!(@op $features, act::sigmoid_mul, sigmoid_mul(gate: &[f32], x: &[f32], out: &mut [f32]));
             row_ops!(@op $features, act::add, add(a: &[f32], b: &[f32], out: &mut [f32]));
             row_ops!(@op $features, rope::rotate, rotate(head: &mut [f32], turns: &[Turn], pairing: Pairing));
@@ -62,6 +79,9 @@ macro_rules! row_ops {
                 gated_rms_norm,
                 l2_norm,
                 silu_mul,
+                gelu_mul,
+                softcap,
+                scale,
                 sigmoid_mul,
                 add,
                 rotate,
@@ -104,6 +124,9 @@ mod tests {
         run(&|out| (ops.gated_rms_norm)(&x, &w, &z, 1e-6, out));
         run(&|out| (ops.l2_norm)(&x, 1e-6, out));
         run(&|out| (ops.silu_mul)(&x, &w, out));
+        run(&|out| (ops.gelu_mul)(&x, &w, out));
+        run(&|out| (ops.softcap)(&x, 3.0, out));
+        run(&|out| (ops.scale)(&x, 0.7, out));
         run(&|out| (ops.sigmoid_mul)(&x, &w, out));
         run(&|out| (ops.add)(&x, &w, out));
         for pairing in [Pairing::HalfSplit, Pairing::Adjacent] {

@@ -5,6 +5,9 @@
 //! accumulators in one fixed order; a tail shorter than a vector is padded with zeros and takes
 //! the same path, so no length has an order of its own.
 
+// Tiles index several arrays of registers at once.
+#![allow(clippy::needless_range_loop)]
+
 use crate::attention::{BLOCK, BlockCall, Cells};
 use crate::delta::DeltaToken;
 use crate::matmul::WeightRows;

@@ -15,11 +15,11 @@ pub struct Hparams {
     pub n_ctx_train: usize,
     /// Query heads.
     pub n_head: usize,
-    /// KV heads.
+    /// KV heads; the most of any layer, where they differ.
     pub n_head_kv: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Width of a dense feed-forward layer; 0 in a model of experts that names none.
+    /// Width of a dense feed-forward layer, of the widest where they differ; 0 in a model of experts that names none.
     pub n_ff: usize,
     /// Added to the mean square in RMS norms.
     pub eps: f32,
@@ -45,18 +45,25 @@ impl Hparams {
             }
             Ok(n)
         };
+        let n_layer = count("block_count")?;
         let (n_embd, n_head) = (count("embedding_length")?, count("attention.head_count")?);
-        let n_head_kv = match meta.u32(&w.key("attention.head_count_kv"))? {
-            Some(n) => n as usize,
-            None => n_head,
-        };
-        if n_head_kv == 0 || n_head % n_head_kv != 0 {
-            return Err(w.hparam(
-                &w.key("attention.head_count_kv"),
-                format!("a divisor of {n_head} query heads"),
-                n_head_kv,
-            ));
+        let n_head_kv = per_layer(w, "attention.head_count_kv", n_layer)?.unwrap_or(vec![n_head]);
+        if let Some(n) = n_head_kv.iter().find(|&&n| n == 0 || n_head % n != 0) {
+            let expected = format!("a divisor of {n_head} query heads");
+            return Err(w.hparam(&w.key("attention.head_count_kv"), expected, n));
         }
+        let widest = |suffix| -> Result<Option<usize>, Error> {
+            let Some(all) = per_layer(w, suffix, n_layer)? else { return Ok(None) };
+            if let Some(n) = all.iter().find(|&&n| n == 0 || n > 1 << 24) {
+                return Err(w.hparam(&w.key(suffix), "a number from 1 to 16,777,216", n));
+            }
+            Ok(all.into_iter().max())
+        };
+        let n_ff = match (widest("feed_forward_length")?, meta.u32(&w.key("expert_count"))?.unwrap_or(0)) {
+            (Some(n_ff), _) => n_ff,
+            (None, 0) => count("feed_forward_length")?,
+            (None, _) => 0,
+        };
         let head_dim = match meta.u32(&w.key("attention.key_length"))? {
             Some(n) => n as usize,
             None => n_embd / n_head,
@@ -87,17 +94,14 @@ impl Hparams {
             ));
         }
         let hparams = Hparams {
-            n_layer: count("block_count")?,
+            n_layer,
             n_embd,
             n_vocab,
             n_ctx_train: count("context_length")?,
             n_head,
-            n_head_kv,
+            n_head_kv: n_head_kv.into_iter().max().unwrap_or(n_head),
             head_dim,
-            n_ff: match meta.u32(&w.key("expert_count"))?.unwrap_or(0) {
-                0 => count("feed_forward_length")?,
-                _ => meta.u32(&w.key("feed_forward_length"))?.unwrap_or(0) as usize,
-            },
+            n_ff,
             eps: meta.require_f32(&w.key("attention.layer_norm_rms_epsilon"))?,
             n_rot,
             rope_base: meta.f32(&w.key("rope.freq_base"))?.unwrap_or(10_000.0),
@@ -111,4 +115,10 @@ impl Hparams {
         }
         Ok(hparams)
     }
+}
+
+/// A size of each layer, where the file gives one number for all or a list.
+pub(crate) fn per_layer(w: &Weights, suffix: &str, n_layer: usize) -> Result<Option<Vec<usize>>, Error> {
+    let numbers = w.metadata().u32_or_array(&w.key(suffix), n_layer)?;
+    Ok(numbers.map(|numbers| numbers.into_iter().map(|n| n as usize).collect()))
 }

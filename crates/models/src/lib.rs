@@ -7,6 +7,7 @@
 //! line to [`ARCHS`].
 
 pub mod blocks;
+mod gemma4;
 mod hparams;
 mod llama;
 mod model;
@@ -28,7 +29,7 @@ use paceline_gguf::Gguf;
 
 /// Every architecture; to add one, write its file and add its line.
 pub const ARCHS: &[Arch] =
-    &[qwen35::ARCH, qwen35moe::ARCH, qwen3next::ARCH, qwen3::ARCH, qwen3moe::ARCH, llama::ARCH];
+    &[qwen35::ARCH, qwen35moe::ARCH, qwen3next::ARCH, qwen3::ARCH, qwen3moe::ARCH, llama::ARCH, gemma4::ARCH];
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]

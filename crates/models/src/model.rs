@@ -21,6 +21,8 @@ pub struct SharedWeights {
     pub embd_scale: f32,
     /// Output head; the embedding table itself if tied.
     pub output: Matrix,
+    /// Bound on the logits: `cap · tanh(logit / cap)`.
+    pub logit_cap: Option<f32>,
 }
 
 /// A loaded target. Immutable, shared by all sequences.

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, KvType, PlanBuilder, StateConfig, Step, StepOut, Tap, cpu::CpuBackend};
+use paceline_backend::{
+    Backend, KvType, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap, cpu::CpuBackend,
+};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -169,6 +171,36 @@ fn qwen3next() {
 #[test]
 fn qwen3moe() {
     check("qwen3moe", 5e-4);
+}
+
+#[test]
+fn gemma4() {
+    check("gemma4", 5e-4);
+}
+
+#[test]
+fn gemma4_with_embeddings_per_layer_and_shared_kv() {
+    check("gemma4-e", 5e-4);
+}
+
+#[test]
+fn gemma4_with_experts() {
+    check("gemma4-moe", 5e-4);
+}
+
+/// What a memory that drops dead cells needs to know: by layer with keys and values, how far anybody looks back.
+#[test]
+fn gemma4_windows_are_known() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("gemma4-e.gguf");
+    convert(&ConvertOptions::new(goldens_dir().join("gemma4-e"), &out), |_| {}).unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1).unwrap());
+    let model = paceline_models::load(&Arc::new(Gguf::open(&out).unwrap()), &backend).unwrap();
+    let mut p = PlanBuilder::new(&[]);
+    let logits = model.record(&mut p);
+    let plan = p.finish(Some(logits));
+    let windows: Vec<_> = (0..model.states().len() as u32).map(|i| plan.window(StateId(i))).collect();
+    assert_eq!(windows, [Some(11), None, Some(11), Some(11), None, Some(11)]);
 }
 
 #[test]

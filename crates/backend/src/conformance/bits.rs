@@ -100,18 +100,28 @@ fn record(p: &mut PlanBuilder<'_>, w: &Weights) -> Buf {
     let h = p.matmul(h, &w.matrix(20));
     let x = p.add(x, h);
     let logits = p.matmul(x, &w.matrix(21));
-    let spec = RouterSpec { n_used: N_USED, score: RouterScore::Softmax, normalise: true, scale: 1.0 };
+    let spec = RouterSpec {
+        n_used: N_USED,
+        score: RouterScore::Softmax,
+        normalise: true,
+        scale: 1.0,
+        expert_scale: Some(w.vector(26).id),
+    };
     let routes = p.router(logits, spec);
     let [gate, up] = [22, 23].map(|i| p.expert_matmul(x, routes, &w.experts(i, N_EXPERT)));
-    let h = p.silu_mul(gate, up);
+    let h = p.gelu_mul(gate, up);
     let h = p.expert_matmul(h, routes, &w.experts(24, N_EXPERT));
     let h = p.weighted_sum(h, routes);
     let shared = p.matmul(x, &w.matrix(25));
     let h = p.sigmoid_mul(h, shared);
     let x = p.add(x, h);
+    let x = p.scale_by(x, &w.vector(27));
     p.tap(1, x);
     let x = p.select_outputs(x);
-    p.matmul(x, &w.matrix(0))
+    let x = p.rms_norm_plain(x, w.vector(1).len, 1e-6);
+    let logits = p.matmul(x, &w.matrix(0));
+    let logits = p.softcap(logits, 3.0);
+    p.scale(logits, 1.7)
 }
 
 fn tensors(random: &mut Random, ty: GgmlType) -> Vec<Tensor> {
@@ -150,6 +160,8 @@ fn tensors(random: &mut Random, ty: GgmlType) -> Vec<Tensor> {
         matrix([n_embd, N_EXPERT * FF_EXPERT], ty),
         matrix([FF_EXPERT, N_EXPERT * n_embd], ty),
         matrix([n_embd, 1], f32),
+        matrix([N_EXPERT, 1], f32),
+        Tensor::vector(vec![0.6]),
     ]
 }
 

@@ -174,7 +174,7 @@ fn expert_matmul(p: &mut PlanBuilder<'_>, w: &Weights, n_expert: usize, n_used: 
 }
 
 fn router(n_used: usize) -> RouterSpec {
-    RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 }
+    RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0, expert_scale: None }
 }
 
 /// Ops that handle each row by itself.
@@ -197,6 +197,28 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
         case("rms_norm of heads", 77, w, tolerance, &|p, w| {
             let x = p.input(77);
             p.rms_norm(x, &w.vector(0), 1e-5)
+        }),
+    );
+    run(
+        random,
+        case("rms_norm of heads without a weight", 77, vec![], tolerance, &|p, _| {
+            let x = p.input(77);
+            p.rms_norm_plain(x, 7, 1e-5)
+        }),
+    );
+    run(
+        random,
+        case("scale", 77, vec![], tolerance, &|p, _| {
+            let x = p.input(77);
+            p.scale(x, 0.7)
+        }),
+    );
+    let w = weight(random, 1);
+    run(
+        random,
+        case("scale by a weight", 77, w, tolerance, &|p, w| {
+            let x = p.input(77);
+            p.scale_by(x, &w.vector(0))
         }),
     );
     let w = weight(random, 11);
@@ -254,6 +276,27 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
             random,
             Case {
                 size,
+                ..case("gelu_mul", 154, vec![], tolerance, &|p, _| {
+                    let x = p.input(154);
+                    let (gate, up) = (p.columns(x, 154, 0, 77), p.columns(x, 154, 77, 77));
+                    p.gelu_mul(gate, up)
+                })
+            },
+        );
+        run(
+            random,
+            Case {
+                size,
+                ..case("softcap", 77, vec![], tolerance, &|p, _| {
+                    let x = p.input(77);
+                    p.softcap(x, 7.5)
+                })
+            },
+        );
+        run(
+            random,
+            Case {
+                size,
                 ..case("sigmoid_mul", 154, vec![], tolerance, &|p, _| {
                     let x = p.input(154);
                     let (x, gate) = (p.columns(x, 154, 0, 77), p.columns(x, 154, 77, 77));
@@ -279,13 +322,22 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
         for (size, ids) in [(0.01, false), (3.0, false), (3.0, true), (60.0, false)] {
             let record = move |p: &mut PlanBuilder<'_>, _: &Weights| {
                 let x = p.input(37);
-                let routes = p.router(x, RouterSpec { n_used: 5, score, normalise, scale });
+                let routes =
+                    p.router(x, RouterSpec { n_used: 5, score, normalise, scale, expert_scale: None });
                 if ids { routes.ids } else { routes.weights }
             };
             let name = format!("router {score:?}, normalise {normalise}, scale {scale}");
             run(random, Case { size, ..case(&name, 37, vec![], tolerance, &record) });
         }
     }
+    let w = weight(random, 37);
+    run(
+        random,
+        case("router, a factor for each expert", 37, w, tolerance, &|p, w| {
+            let x = p.input(37);
+            p.router(x, RouterSpec { expert_scale: Some(w.vector(0).id), ..router(5) }).weights
+        }),
+    );
     run(
         random,
         case("weighted_sum", 40 + 8 * 33, vec![], tolerance, &|p, _| {

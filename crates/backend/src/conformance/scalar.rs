@@ -14,9 +14,9 @@ use std::{
 use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
-    AttentionOp, Backend, BlockMask, Buf, Error, Exec, HeadMap, KvType, Lane, Op, PageId, Pairing, Plan,
-    PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId, StateConfig, StateDecl, StateId,
-    States, Step, StepOut, WeightId, WeightSource,
+    AttentionOp, Backend, BlockMask, Buf, Error, Exec, Factor, HeadMap, KvType, Lane, Op, PageId, Pairing,
+    Plan, PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId, StateConfig, StateDecl,
+    StateId, States, Step, StepOut, WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -299,7 +299,10 @@ impl ScalarExec {
                 (dst, all(src).iter().map(product).collect())
             }
             Op::Router { logits, spec, ids, weights } => {
-                let chosen: Vec<Vec<(usize, f64)>> = all(logits).iter().map(|x| route(x, spec)).collect();
+                let mut chosen: Vec<Vec<(usize, f64)>> = all(logits).iter().map(|x| route(x, spec)).collect();
+                if let Some(scales) = spec.expert_scale.map(|id| self.vector(id)) {
+                    chosen.iter_mut().flatten().for_each(|(expert, w)| *w *= scales[*expert]);
+                }
                 let row = |row: &Vec<(usize, f64)>| row.iter().map(|(expert, _)| *expert as f64).collect();
                 second = Some((ids, chosen.iter().map(row).collect()));
                 (weights, chosen.iter().map(|row| row.iter().map(|(_, w)| *w).collect()).collect())
@@ -418,6 +421,18 @@ impl ScalarExec {
                 (dst, result)
             }
             Op::SiluMul { gate, up, dst } => (dst, zip(&all(gate), &all(up), |gate, up| silu(gate) * up)),
+            Op::GeluMul { gate, up, dst } => (dst, zip(&all(gate), &all(up), |gate, up| gelu(gate) * up)),
+            Op::Softcap { src, cap, dst } => {
+                let cap = f64::from(*cap);
+                (dst, groups(src, 1, &|x| vec![cap * (x[0] / cap).tanh()]))
+            }
+            Op::Scale { src, factor, dst } => {
+                let factor = match factor {
+                    Factor::Constant(factor) => f64::from(*factor),
+                    Factor::Weight(id) => self.vector(*id)[0],
+                };
+                (dst, groups(src, 1, &|x| vec![factor * x[0]]))
+            }
             Op::SigmoidMul { src, gate, dst } => {
                 let (x, mut gate) = (all(src), all(gate));
                 if self.plan.width(*dst) != gate.first().map_or(0, Vec::len) {
@@ -636,6 +651,11 @@ fn sigmoid(x: f64) -> f64 {
 
 fn silu(x: f64) -> f64 {
     x * sigmoid(x)
+}
+
+fn gelu(x: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+    0.5 * x * (1.0 + inner.tanh())
 }
 
 fn softplus(x: f64) -> f64 {

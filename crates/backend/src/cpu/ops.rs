@@ -16,7 +16,7 @@ use paceline_kernels::{
     packed::{PackedMatrix, QuantRows, RowWriter},
 };
 
-use crate::{AttentionOp, Buf, HeadMap, Op, Plan, StateDecl, States, WeightId};
+use crate::{AttentionOp, Buf, Factor, HeadMap, Op, Plan, StateDecl, States, WeightId};
 
 use super::{
     attention::{Attention, KvPlace, SpanParts},
@@ -123,6 +123,8 @@ impl CpuOp {
                 this.weight = Some(w);
             }
             Op::RmsNorm { weight: id, .. } => this.weight = id.map(weight),
+            Op::Scale { factor: Factor::Weight(id), .. } => this.weight = Some(weight(*id)),
+            Op::Router { spec, .. } => this.weight = spec.expert_scale.map(weight),
             Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
                 this.weight = Some(weight(*id))
             }
@@ -249,6 +251,7 @@ impl CpuOp {
             // An exponential for every value.
             Op::ShortConv { dst, .. } | Op::GatedRmsNorm { dst, .. } => 4 * values(*dst),
             Op::SiluMul { dst, .. } | Op::SigmoidMul { dst, .. } => 4 * values(*dst),
+            Op::GeluMul { dst, .. } | Op::Softcap { dst, .. } => 5 * values(*dst),
             Op::DeltaGates { decay, .. } => 20 * values(*decay),
             Op::Router { logits, .. } => 2 * values(*logits),
             Op::WeightedSum { src, .. } => values(*src) / 2,
@@ -368,6 +371,10 @@ impl CpuOp {
                 // SAFETY: see above; the two destinations are different buffers.
                 let (ids, weights) = unsafe { (cx.row_mut(*ids, row), cx.row_mut(*weights, row)) };
                 moe::route(cx.row(*logits, row), spec, ids, weights);
+                if let Some(scales) = &self.weight {
+                    let scales = scales.floats();
+                    ids.iter().zip(weights).for_each(|(id, w)| *w *= scales[*id as usize]);
+                }
             }
             Op::WeightedSum { src, weights, dst } => {
                 // SAFETY: see above.
@@ -378,6 +385,23 @@ impl CpuOp {
                 // SAFETY: see above.
                 let out = unsafe { cx.row_mut(*dst, row) };
                 (cx.table.rows.silu_mul)(cx.row(*gate, row), cx.row(*up, row), out);
+            }
+            Op::GeluMul { gate, up, dst } => {
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                (cx.table.rows.gelu_mul)(cx.row(*gate, row), cx.row(*up, row), out);
+            }
+            Op::Softcap { src, cap, dst } => {
+                // SAFETY: see above.
+                (cx.table.rows.softcap)(cx.row(*src, row), *cap, unsafe { cx.row_mut(*dst, row) });
+            }
+            Op::Scale { src, factor, dst } => {
+                let factor = match factor {
+                    Factor::Constant(factor) => *factor,
+                    Factor::Weight(_) => self.weight().floats()[0],
+                };
+                // SAFETY: see above.
+                (cx.table.rows.scale)(cx.row(*src, row), factor, unsafe { cx.row_mut(*dst, row) });
             }
             Op::SigmoidMul { src, gate, dst } => {
                 // SAFETY: see above.
@@ -610,6 +634,9 @@ fn row_wise_dst(op: &Op) -> Buf {
         | Op::GatedRmsNorm { dst, .. }
         | Op::Rope { dst, .. }
         | Op::SiluMul { dst, .. }
+        | Op::GeluMul { dst, .. }
+        | Op::Softcap { dst, .. }
+        | Op::Scale { dst, .. }
         | Op::SigmoidMul { dst, .. }
         | Op::Add { dst, .. }
         | Op::WeightedSum { dst, .. }

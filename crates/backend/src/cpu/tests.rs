@@ -298,8 +298,16 @@ impl Mixture {
         let logits = p.columns(row, self.width(), 0, self.n_expert);
         let x = p.columns(row, self.width(), self.n_expert, n_embd);
         let n_used = self.n_used;
-        let routes =
-            p.router(logits, RouterSpec { n_used, score: RouterScore::Softmax, normalise: true, scale: 1.0 });
+        let routes = p.router(
+            logits,
+            RouterSpec {
+                n_used,
+                score: RouterScore::Softmax,
+                normalise: true,
+                scale: 1.0,
+                expert_scale: None,
+            },
+        );
         let [gate, up] = [gate, up].map(|w| p.expert_matmul(x, routes, &w));
         let h = p.silu_mul(gate, up);
         let y = p.expert_matmul(h, routes, &down);

@@ -133,7 +133,7 @@ mod tests {
     fn tuning_changes_no_bit_and_leaves_a_candidate() {
         let (n_in, n_out) = (2048, 65_536); // 71 MiB
         let bytes: Vec<u8> = (0..n_out * n_in / 32 * 34)
-            .map(|i| if i % 34 == 1 { 0x21 } else { (i * 73 >> 2) as u8 })
+            .map(|i| if i % 34 == 1 { 0x21 } else { ((i * 73) >> 2) as u8 })
             .collect();
         let team = Team::new(2);
         let mut matrices = [pack(GgmlType::Q8_0, &bytes, n_in, n_out, &team, &|_| ()).unwrap().unwrap()];

@@ -2,17 +2,28 @@
 //! the sigmoid output gate of Qwen3.5 where the query projection carries one.
 //!
 //! ```text
-//! q = rope(norm(Wq x))   k = rope(norm(Wk x))   v = Wv x
-//! y = Wo ( softmax(q·k / sqrt(head_dim)) v  [* sigmoid(gate)] )
+//! q = rope(norm(Wq x))   k = rope(norm(Wk x))   v = Wv x   [or norm(Wv x), or norm(Wk x)]
+//! y = Wo ( softmax(q·k · scale) v  [* sigmoid(gate)] )
 //! ```
 //!
-//! Keys are cached after norm and rotation, values as they come.
+//! Keys are cached after norm and rotation, values as they come or after their norm. A layer may have queries only and
+//! read what another layer cached.
 
 use paceline_backend::{
     AttentionOp, BlockMask, Buf, Matrix, Pairing, PlanBuilder, RopeSpec, StateDecl, StateId, Vector,
 };
 
 use crate::{Error, Hparams, Weights};
+
+/// Where values come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    /// A projection of their own.
+    Projected,
+    /// As in Gemma 4: that projection, or where the file has none that of the keys, before their norm and rotation; then
+    /// normed per head, without a weight.
+    Normed,
+}
 
 /// Sizes and variants of an attention layer.
 #[derive(Clone, Debug)]
@@ -37,6 +48,10 @@ pub struct AttentionShape {
     pub mask: BlockMask,
     /// Sliding window.
     pub window: Option<usize>,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Where values come from.
+    pub values: Values,
 }
 
 impl AttentionShape {
@@ -59,6 +74,8 @@ impl AttentionShape {
             head_norm: true,
             mask: BlockMask::Causal,
             window: None,
+            scale: 1.0 / (hp.head_dim as f32).sqrt(),
+            values: Values::Projected,
         }
     }
 
@@ -81,11 +98,14 @@ enum Qkv {
     Split {
         q: Matrix,
         k: Matrix,
-        v: Matrix,
+        /// None if the keys' projection gives the values too.
+        v: Option<Matrix>,
         bias: [Option<Vector>; 3],
     },
     /// Rows: all of q, then k, then v.
     Fused(Matrix),
+    /// Keys and values are another layer's.
+    Query(Matrix),
 }
 
 /// An attention layer.
@@ -119,21 +139,51 @@ impl Attention {
             Qkv::Split {
                 q: w.matrix(&name("q"), [n_embd, n_q], "n_embd, n_head·head_dim")?,
                 k: w.matrix(&name("k"), [n_embd, n_kv], "n_embd, n_head_kv·head_dim")?,
-                v: w.matrix(&name("v"), [n_embd, n_kv], "n_embd, n_head_kv·head_dim")?,
+                v: match shape.values {
+                    Values::Normed if !w.has(&name("v")) => None,
+                    _ => Some(w.matrix(&name("v"), [n_embd, n_kv], "n_embd, n_head_kv·head_dim")?),
+                },
                 bias: [bias("q", n_q)?, bias("k", n_kv)?, bias("v", n_kv)?],
             }
         };
+        Attention::load_rest(w, prefix, shape, state, qkv)
+    }
+
+    /// A layer without keys and values of its own: it reads those that another one, of the same shape, writes to `state`.
+    /// Tensors for them are left in the file.
+    pub fn load_reader(
+        w: &Weights,
+        prefix: &str,
+        shape: AttentionShape,
+        state: StateId,
+    ) -> Result<Attention, Error> {
+        let dims = [shape.n_embd, shape.q_width()];
+        let q = w.matrix(&format!("{prefix}attn_q.weight"), dims, "n_embd, n_head·head_dim")?;
+        Attention::load_rest(w, prefix, shape, state, Qkv::Query(q))
+    }
+
+    fn load_rest(
+        w: &Weights,
+        prefix: &str,
+        shape: AttentionShape,
+        state: StateId,
+        qkv: Qkv,
+    ) -> Result<Attention, Error> {
+        let name = |part: &str| format!("{prefix}attn_{part}.weight");
         let norm = |part| match shape.head_norm {
             true => w.vector(&name(part), shape.head_dim, "head_dim").map(Some),
             false => Ok(None),
         };
-        let n_out = shape.n_head * shape.head_dim;
+        let (n_embd, n_out) = (shape.n_embd, shape.n_head * shape.head_dim);
         Ok(Attention {
-            qkv,
             q_norm: norm("q_norm")?,
-            k_norm: norm("k_norm")?,
+            k_norm: match qkv {
+                Qkv::Query(_) => None,
+                _ => norm("k_norm")?,
+            },
+            qkv,
             output: w.matrix(&name("output"), [n_out, n_embd], "n_head·head_dim, n_embd")?,
-            output_bias: bias("output", n_embd)?,
+            output_bias: w.vector_opt(&format!("{prefix}attn_output.bias"), n_embd, "outputs")?,
             sinks: w.vector_opt(&name("sinks"), shape.n_head, "n_head")?,
             state,
             shape,
@@ -143,7 +193,7 @@ impl Attention {
     /// `[n, n_embd] -> [n, n_embd]`.
     pub fn forward(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
         let shape = &self.shape;
-        let (q, k, v) = self.project(p, x);
+        let (q, kv) = self.project(p, x);
         let (q, gate) = match shape.gated {
             true => {
                 let (d, pair) = (shape.head_dim, 2 * shape.head_dim);
@@ -152,14 +202,15 @@ impl Attention {
             false => (q, None),
         };
         let q = self.turn(p, q, self.q_norm.as_ref());
-        let k = self.turn(p, k, self.k_norm.as_ref());
-        p.kv_append(self.state, k, v);
+        if let Some((k, v)) = kv {
+            self.append(p, k, v);
+        }
         let y = p.attention(|dst| AttentionOp {
             state: self.state,
             q,
             dst,
             n_head: shape.n_head,
-            scale: 1.0 / (shape.head_dim as f32).sqrt(),
+            scale: shape.scale,
             mask: shape.mask,
             window: shape.window,
             sinks: self.sinks.map(|s| s.id),
@@ -174,36 +225,46 @@ impl Attention {
     /// Writes keys and values of rows that somebody else computed the features of: how a drafter's context comes
     /// to be. Same weights, norm and rotation as in [`forward`](Self::forward).
     pub fn append_only(&self, p: &mut PlanBuilder<'_>, context: Buf) {
-        let (k, v) = self.project_kv(p, context);
+        if let Some((k, v)) = self.project_kv(p, context) {
+            self.append(p, k, v);
+        }
+    }
+
+    fn append(&self, p: &mut PlanBuilder<'_>, k: Buf, v: Buf) {
+        let v = match self.shape.values {
+            Values::Projected => v,
+            Values::Normed => p.rms_norm_plain(v, self.shape.head_dim, self.shape.eps),
+        };
         let k = self.turn(p, k, self.k_norm.as_ref());
         p.kv_append(self.state, k, v);
     }
 
-    fn project(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Buf, Buf) {
+    /// Queries, and keys and values where they are the layer's own.
+    fn project(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Option<(Buf, Buf)>) {
         match &self.qkv {
-            Qkv::Split { q, k, v, bias: [bq, bk, bv] } => (
-                p.matmul_bias(x, q, bq.as_ref()),
-                p.matmul_bias(x, k, bk.as_ref()),
-                p.matmul_bias(x, v, bv.as_ref()),
-            ),
+            Qkv::Split { q, bias: [bq, ..], .. } => {
+                let q = p.matmul_bias(x, q, bq.as_ref());
+                (q, self.project_kv(p, x))
+            }
+            Qkv::Query(q) => (p.matmul(x, q), None),
             Qkv::Fused(qkv) => {
                 let all = p.matmul(x, qkv);
                 let (n_q, n_kv, width) = (self.shape.q_width(), self.shape.kv_width(), qkv.n_out);
                 let q = p.columns(all, width, 0, n_q);
-                (q, p.columns(all, width, n_q, n_kv), p.columns(all, width, n_q + n_kv, n_kv))
+                let (k, v) = (p.columns(all, width, n_q, n_kv), p.columns(all, width, n_q + n_kv, n_kv));
+                (q, Some((k, v)))
             }
         }
     }
 
-    fn project_kv(&self, p: &mut PlanBuilder<'_>, x: Buf) -> (Buf, Buf) {
+    fn project_kv(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Option<(Buf, Buf)> {
         match &self.qkv {
             Qkv::Split { k, v, bias: [_, bk, bv], .. } => {
-                (p.matmul_bias(x, k, bk.as_ref()), p.matmul_bias(x, v, bv.as_ref()))
+                let k = p.matmul_bias(x, k, bk.as_ref());
+                Some((k, v.as_ref().map_or(k, |v| p.matmul_bias(x, v, bv.as_ref()))))
             }
-            Qkv::Fused(_) => {
-                let (_, k, v) = self.project(p, x);
-                (k, v)
-            }
+            Qkv::Fused(_) => self.project(p, x).1,
+            Qkv::Query(_) => None,
         }
     }
 

@@ -1,11 +1,31 @@
-//! The gated feed-forward layer: `down(silu(gate x) * up x)` ("GLU Variants Improve Transformer", Shazeer).
+//! The gated feed-forward layer: `down(act(gate x) * up x)` ("GLU Variants Improve Transformer", Shazeer).
 
 use paceline_backend::{Buf, Matrix, PlanBuilder};
 
 use crate::{Error, Weights};
 
-/// A dense SwiGLU layer.
+/// What the gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// SwiGLU, the common one.
+    Silu,
+    /// GeGLU, in the tanh form.
+    Gelu,
+}
+
+impl Act {
+    /// `act(gate) * up`.
+    pub fn mul(self, p: &mut PlanBuilder<'_>, gate: Buf, up: Buf) -> Buf {
+        match self {
+            Act::Silu => p.silu_mul(gate, up),
+            Act::Gelu => p.gelu_mul(gate, up),
+        }
+    }
+}
+
+/// A dense gated layer.
 pub struct Mlp {
+    act: Act,
     gate: Matrix,
     up: Matrix,
     down: Matrix,
@@ -28,16 +48,22 @@ impl Mlp {
         let name = |part: &str| format!("{prefix}ffn_{part}{suffix}.weight");
         let up_dims = [n_embd, n_ff];
         Ok(Mlp {
+            act: Act::Silu,
             gate: w.matrix(&name("gate"), up_dims, "n_embd, n_ff")?,
             up: w.matrix(&name("up"), up_dims, "n_embd, n_ff")?,
             down: w.matrix(&name("down"), [n_ff, n_embd], "n_ff, n_embd")?,
         })
     }
 
+    /// The same layer with another activation.
+    pub fn with_act(self, act: Act) -> Mlp {
+        Mlp { act, ..self }
+    }
+
     /// `[n, n_embd] -> [n, n_embd]`.
     pub fn forward(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
         let [gate, up] = p.matmuls(x, [&self.gate, &self.up]);
-        let h = p.silu_mul(gate, up);
+        let h = self.act.mul(p, gate, up);
         p.matmul(h, &self.down)
     }
 }

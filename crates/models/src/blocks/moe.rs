@@ -6,9 +6,12 @@
 //! y = Σ_e w_e · down_e(silu(gate_e x) * up_e x)   [+ sigmoid(wg · x) · mlp_shared(x)]
 //! ```
 
-use paceline_backend::{Buf, Experts, Matrix, PlanBuilder, RouterScore, RouterSpec};
+use paceline_backend::{Buf, Experts, Matrix, PlanBuilder, RouterScore, RouterSpec, Routes};
 
-use crate::{Error, Hparams, Weights, blocks::Mlp};
+use crate::{
+    Error, Hparams, Weights,
+    blocks::{Act, Mlp},
+};
 
 /// Sizes of a mixture of experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +26,8 @@ pub struct MoeShape {
     pub n_ff_shared: usize,
     /// How experts are chosen.
     pub router: RouterSpec,
+    /// What the gate of an expert goes through.
+    pub act: Act,
 }
 
 impl MoeShape {
@@ -56,9 +61,10 @@ impl MoeShape {
             normalise: meta.bool(&w.key("expert_weights_norm"))?.unwrap_or(true),
             // Files say 0 for none.
             scale: if scale == 0.0 { 1.0 } else { scale },
+            expert_scale: None,
         };
         let n_ff_shared = read("expert_shared_feed_forward_length")?;
-        Ok(Some(MoeShape { n_embd: hp.n_embd, n_expert, n_ff, n_ff_shared, router }))
+        Ok(Some(MoeShape { n_embd: hp.n_embd, n_expert, n_ff, n_ff_shared, router, act: Act::Silu }))
     }
 }
 
@@ -66,6 +72,7 @@ impl MoeShape {
 pub struct Moe {
     router: Matrix,
     spec: RouterSpec,
+    act: Act,
     gate_up: GateUp,
     down: Experts,
     shared: Option<Shared>,
@@ -87,7 +94,7 @@ struct Shared {
 impl Moe {
     /// Loads `{prefix}ffn_gate_inp`, the `ffn_*_exps`, and the `ffn_*_shexp` where the layer has them.
     pub fn load(w: &Weights, prefix: &str, shape: &MoeShape) -> Result<Moe, Error> {
-        let &MoeShape { n_embd, n_expert, n_ff, n_ff_shared, router } = shape;
+        let &MoeShape { n_embd, n_expert, n_ff, n_ff_shared, router, act } = shape;
         let name = |part: &str| format!("{prefix}{part}.weight");
         let experts = |part: &str, n_in: usize, n_out: usize, meaning: &str| {
             w.experts(&name(part), [n_in, n_out, n_expert], meaning)
@@ -111,6 +118,7 @@ impl Moe {
         Ok(Moe {
             router: w.matrix(&name("ffn_gate_inp"), [n_embd, n_expert], "n_embd, n_expert")?,
             spec: router,
+            act,
             gate_up,
             down: experts("ffn_down_exps", n_ff, n_embd, "n_ff of an expert, n_embd, n_expert")?,
             shared,
@@ -119,8 +127,23 @@ impl Moe {
 
     /// `[n, n_embd] -> [n, n_embd]`.
     pub fn forward(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Buf {
+        let routes = self.route(p, x);
+        let y = self.experts(p, x, routes);
+        let Some(shared) = &self.shared else { return y };
+        let gate = p.matmul(x, &shared.gate);
+        let h = shared.mlp.forward(p, x);
+        let h = p.sigmoid_mul(h, gate);
+        p.add(y, h)
+    }
+
+    /// `[n, n_embd] ->` the experts of each row.
+    pub fn route(&self, p: &mut PlanBuilder<'_>, x: Buf) -> Routes {
         let logits = p.matmul(x, &self.router);
-        let routes = p.router(logits, self.spec);
+        p.router(logits, self.spec)
+    }
+
+    /// `[n, n_embd] -> [n, n_embd]`: what those experts make of the rows, weighted and added.
+    pub fn experts(&self, p: &mut PlanBuilder<'_>, x: Buf, routes: Routes) -> Buf {
         // From here on a row has a part for each of its experts.
         let [gate, up] = match &self.gate_up {
             GateUp::Split(weights) => weights.map(|w| p.expert_matmul(x, routes, &w)),
@@ -129,13 +152,8 @@ impl Moe {
                 [0, w.n_out / 2].map(|first| p.columns(both, w.n_out, first, w.n_out / 2))
             }
         };
-        let h = p.silu_mul(gate, up);
+        let h = self.act.mul(p, gate, up);
         let h = p.expert_matmul(h, routes, &self.down);
-        let y = p.weighted_sum(h, routes);
-        let Some(shared) = &self.shared else { return y };
-        let gate = p.matmul(x, &shared.gate);
-        let h = shared.mlp.forward(p, x);
-        let h = p.sigmoid_mul(h, gate);
-        p.add(y, h)
+        p.weighted_sum(h, routes)
     }
 }

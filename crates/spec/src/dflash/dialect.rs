@@ -15,7 +15,7 @@
 
 use paceline_backend::BlockMask;
 use paceline_gguf::{GgmlType, Gguf, Metadata};
-use paceline_models::{Hparams, Weights};
+use paceline_models::{Hparams, SharedWeights, Weights};
 
 use crate::{LoadError, Token};
 
@@ -44,7 +44,7 @@ const OTHER_BY_TENSOR: &[(&str, &str)] = &[
     ("dflash_aux_hidden_norm", "Laguna DFlash"),
 ];
 
-/// The same by a key whose number is not the one that changes nothing.
+/// The same by a key whose number is neither the one that changes nothing nor the target's own.
 const OTHER_BY_NUMBER: &[(&str, f32, &str)] = &[
     ("hyper_connection.count", 0.0, "DeepSeek DSpark"),
     ("backbone_rotary_base", 0.0, "MiMo DFlash"),
@@ -96,12 +96,33 @@ pub(super) struct TargetFacts {
     pub n_layer: usize,
     pub n_embd: usize,
     pub n_vocab: usize,
+    /// Factor on embedded rows, which the drafter's blocks are embedded with too.
+    pub embd_scale: f32,
+    /// Bound on the logits, which the drafter's go through too.
+    pub logit_cap: Option<f32>,
+}
+
+impl TargetFacts {
+    pub fn of(hp: &Hparams, shared: &SharedWeights) -> TargetFacts {
+        let &Hparams { n_layer, n_embd, n_vocab, .. } = hp;
+        let &SharedWeights { embd_scale, logit_cap, .. } = shared;
+        TargetFacts { n_layer, n_embd, n_vocab, embd_scale, logit_cap }
+    }
+
+    /// Whether a drafter's number says what the target does anyway. Scales are often given as rounded to bf16.
+    fn agrees(&self, key: &str, x: f32) -> bool {
+        match key {
+            "embedding_scale" => (x / self.embd_scale - 1.0).abs() < 0.005,
+            "final_logit_softcapping" => self.logit_cap == Some(x),
+            _ => false,
+        }
+    }
 }
 
 impl Contract {
     pub fn read(w: &Weights, arch: &str, target: &TargetFacts) -> Result<Contract, LoadError> {
         let file = w.file();
-        refuse_other_variants(w)?;
+        refuse_other_variants(w, target)?;
         let names = tensor_names(file)?;
         let mut hparams = Hparams::read_with_vocab(w, target.n_vocab)?;
         refuse_unscaled_rope(w)?;
@@ -304,7 +325,7 @@ fn own<'a, T: PartialEq>(
     Ok(found.map(|(_, value)| value))
 }
 
-fn refuse_other_variants(w: &Weights) -> Result<(), LoadError> {
+fn refuse_other_variants(w: &Weights, target: &TargetFacts) -> Result<(), LoadError> {
     let file = w.file();
     let refuse = |variant: String| {
         Err(LoadError::Unsupported {
@@ -327,7 +348,8 @@ fn refuse_other_variants(w: &Weights) -> Result<(), LoadError> {
         }
     }
     for (key, neutral, variant) in OTHER_BY_NUMBER {
-        if let Some(x) = own(w, key, |meta, key| meta.f32(key))?.filter(|x| x != neutral) {
+        let x = own(w, key, |meta, key| meta.f32(key))?;
+        if let Some(x) = x.filter(|x| x != neutral && !target.agrees(key, *x)) {
             return refuse(format!("{variant} ({key} {x})"));
         }
     }

@@ -66,6 +66,7 @@ struct Network {
     tok_embd: Matrix,
     embd_scale: f32,
     output: Matrix,
+    logit_cap: Option<f32>,
     eps: f32,
 }
 
@@ -114,7 +115,9 @@ impl Network {
             tok_embd: w
                 .matrix_opt("token_embd.weight", [n_embd, target.tok_embd.n_out], "n_embd, n_vocab")?
                 .unwrap_or(target.tok_embd),
+            // The target's scale and cap, as its own forward has them, and each once.
             embd_scale: target.embd_scale,
+            logit_cap: target.logit_cap,
             output: embd("output.weight")?.unwrap_or(target.output),
             eps: hp.eps,
         })
@@ -147,6 +150,7 @@ impl Network {
         let x = p.select_outputs(x);
         let x = p.rms_norm(x, &self.output_norm, self.eps);
         let logits = p.matmul(x, &self.output);
+        let logits = self.logit_cap.map_or(logits, |cap| p.softcap(logits, cap));
         p.finish(Some(logits))
     }
 }
@@ -157,7 +161,7 @@ impl Dflash {
         let prefix = dialect::key_prefix(&request.file, arch);
         let w = Weights::new(request.file.clone(), request.backend.clone(), prefix);
         let hp = request.target.hparams();
-        let facts = TargetFacts { n_layer: hp.n_layer, n_embd: hp.n_embd, n_vocab: hp.n_vocab };
+        let facts = TargetFacts::of(hp, &request.target.shared());
         let contract = Contract::read(&w, arch, &facts)?;
         let network = Network::load(&w, &contract, request.target.shared())?;
         let decls: Vec<_> = contract

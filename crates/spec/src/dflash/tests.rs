@@ -26,12 +26,25 @@ struct Bench {
     network: Network,
     /// The same, its embedding scaled twice over.
     scaled: Network,
+    /// The same with a scale of 1, and without the target's cap.
+    unscaled: Network,
+    uncapped: Network,
     golden: Golden,
 }
 
 fn bench() -> &'static Bench {
     static BENCH: OnceLock<Bench> = OnceLock::new();
-    BENCH.get_or_init(|| {
+    BENCH.get_or_init(|| Bench::new("qwen35", "dflash"))
+}
+
+/// A target that scales its embedding and caps its logits.
+fn gemma_bench() -> &'static Bench {
+    static BENCH: OnceLock<Bench> = OnceLock::new();
+    BENCH.get_or_init(|| Bench::new("gemma4", "dflash-gemma4"))
+}
+
+impl Bench {
+    fn new(target: &str, drafter: &str) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let file = |name: &str, target_dir| {
             let out = dir.path().join(format!("{name}.gguf"));
@@ -43,17 +56,24 @@ fn bench() -> &'static Bench {
             Arc::new(Gguf::from_bytes(name, std::fs::read(&out).unwrap()).unwrap())
         };
         let backend: Arc<dyn paceline_backend::Backend> = Arc::new(CpuBackend::new(1).unwrap());
-        let target = paceline_models::load(&file("qwen35", None), &backend).unwrap();
-        let w = Weights::new(file("dflash", Some(goldens_dir().join("qwen35"))), backend.clone(), "dflash");
-        let hp = target.hparams();
-        let facts = TargetFacts { n_layer: hp.n_layer, n_embd: hp.n_embd, n_vocab: hp.n_vocab };
-        let contract = Contract::read(&w, "dflash", &facts).unwrap();
+        let w = Weights::new(file(drafter, Some(goldens_dir().join(target))), backend.clone(), "dflash");
+        let target = paceline_models::load(&file(target, None), &backend).unwrap();
         let shared = target.shared();
-        let network = Network::load(&w, &contract, shared).unwrap();
-        let shared = SharedWeights { embd_scale: 2.0 * shared.embd_scale, ..shared };
-        let scaled = Network::load(&w, &contract, shared).unwrap();
-        Bench { backend, _target: target, contract, network, scaled, golden: Golden::open("dflash") }
-    })
+        let contract = Contract::read(&w, "dflash", &TargetFacts::of(target.hparams(), &shared)).unwrap();
+        let network = |shared| Network::load(&w, &contract, shared).unwrap();
+        // Where the target has no scale, another one is as wrong as it gets.
+        let twice = if shared.embd_scale == 1.0 { 2.0 } else { shared.embd_scale * shared.embd_scale };
+        Bench {
+            network: network(shared),
+            scaled: network(SharedWeights { embd_scale: twice, ..shared }),
+            unscaled: network(SharedWeights { embd_scale: 1.0, ..shared }),
+            uncapped: network(SharedWeights { logit_cap: None, ..shared }),
+            backend,
+            _target: target,
+            contract,
+            golden: Golden::open(drafter),
+        }
+    }
 }
 
 /// What is done otherwise than the drafter does it.
@@ -62,7 +82,17 @@ struct Change {
     shift_context: u32,
     shift_block: u32,
     input_norm_on_context: bool,
-    scale_twice: bool,
+    ends: Ends,
+}
+
+/// What the block is embedded and its logits are made with.
+#[derive(Clone, Copy, Default)]
+enum Ends {
+    #[default]
+    Right,
+    ScaledTwice,
+    Unscaled,
+    Uncapped,
 }
 
 impl Bench {
@@ -121,7 +151,12 @@ impl Bench {
         let lanes = [memory.lane(seq, 0)];
         let step =
             Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
-        let network = if change.scale_twice { &self.scaled } else { &self.network };
+        let network = match change.ends {
+            Ends::Right => &self.network,
+            Ends::ScaledTwice => &self.scaled,
+            Ends::Unscaled => &self.unscaled,
+            Ends::Uncapped => &self.uncapped,
+        };
         self.run(network.record_fill(), &states, &step)
     }
 
@@ -175,7 +210,11 @@ fn fused_context_is_the_references() {
 
 /// Largest differences from the reference, the least and the greatest over the points.
 fn check(change: Change, is_right: impl Fn(f32, f32) -> bool) {
-    let all = bench().differences(change);
+    check_with(bench(), change, is_right);
+}
+
+fn check_with(bench: &Bench, change: Change, is_right: impl Fn(f32, f32) -> bool) {
+    let all = bench.differences(change);
     let (least, greatest) = all.iter().fold((f32::MAX, 0f32), |(a, b), &x| (a.min(x), b.max(x)));
     assert!(all.len() >= 5 && is_right(least, greatest), "{all:?}");
 }
@@ -204,5 +243,24 @@ fn context_that_passes_the_layers_own_norm_is_seen() {
 
 #[test]
 fn an_embedding_scaled_twice_is_seen() {
-    check(Change { scale_twice: true, ..Change::default() }, |least, _| least > RED);
+    check(Change { ends: Ends::ScaledTwice, ..Change::default() }, |least, _| least > RED);
+}
+
+#[test]
+fn nothing_of_a_gemma_stays_for_the_next_target() {
+    check_with(gemma_bench(), Change::default(), |_, greatest| greatest < TOLERANCE);
+    let after = Bench::new("qwen35", "dflash");
+    assert_eq!((after.network.embd_scale, after.network.logit_cap), (1.0, None));
+    check_with(&after, Change::default(), |_, greatest| greatest < TOLERANCE);
+}
+
+#[test]
+fn a_gemma_target_lends_its_scale_and_cap_once() {
+    let check = |ends, is_right: fn(f32, f32) -> bool| {
+        check_with(gemma_bench(), Change { ends, ..Change::default() }, is_right);
+    };
+    check(Ends::Right, |_, greatest| greatest < TOLERANCE);
+    check(Ends::ScaledTwice, |least, _| least > RED);
+    check(Ends::Unscaled, |least, _| least > RED);
+    check(Ends::Uncapped, |least, _| least > RED);
 }

@@ -177,6 +177,7 @@ impl Target {
             tok_embd: end("token_embd.weight"),
             embd_scale: 1.0,
             output: end("output.weight"),
+            logit_cap: None,
         };
         let hparams = Hparams {
             n_layer,

@@ -1,5 +1,5 @@
-//! A hybrid with experts and a DFlash drafter: which experts a row goes to, which rows share a forward and what was guessed
-//! in between leaves no trace in the text.
+//! Golden targets and a DFlash drafter: which rows share a forward, which experts a row goes to, whose keys a layer reads,
+//! and what was guessed in between leaves no trace in the text.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -8,13 +8,12 @@ use paceline_convert::{ConvertOptions, convert};
 use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Target};
 use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
 use paceline_memory::{Memory, SeqId};
+use paceline_models::Model;
 use paceline_sampling::SamplingParams;
 use paceline_spec::{Draft, DraftRequest, Drafter, Kept, LoadDrafter};
 use paceline_testkit::{Rng, Token, goldens_dir};
 use paceline_text::Vocab;
 
-const N_EMBD: u64 = 44;
-const N_VOCAB: usize = 129;
 const N_PREDICT: usize = 40;
 
 fn converted(name: &str) -> Arc<Gguf> {
@@ -24,23 +23,26 @@ fn converted(name: &str) -> Arc<Gguf> {
     Arc::new(Gguf::from_bytes(&format!("{name}.gguf"), std::fs::read(out).unwrap()).unwrap())
 }
 
-/// The golden drafter with random weights of the size of this target.
-fn random_drafter() -> Arc<Gguf> {
+/// The golden drafter with random weights of the size of this target, tapped behind `taps`.
+fn random_drafter(target: &dyn Model, taps: &[i32]) -> Arc<Gguf> {
+    let (n_embd, n_vocab) = (target.hparams().n_embd as u64, target.hparams().n_vocab);
     let golden = converted("dflash");
     let mut metadata = Metadata::for_file("drafter.gguf");
     for (key, value) in golden.metadata().iter().filter(|(key, _)| !key.starts_with("tokenizer.ggml.tokens"))
     {
         metadata.insert(key, value.clone());
     }
-    metadata.insert("dflash.embedding_length", N_EMBD as u32);
-    metadata.insert("dflash.target_hidden_size", N_EMBD as u32);
-    metadata.insert("dflash.vocab_size", N_VOCAB as u32);
+    metadata.insert("dflash.embedding_length", n_embd as u32);
+    metadata.insert("dflash.target_hidden_size", n_embd as u32);
+    metadata.insert("dflash.vocab_size", n_vocab as u32);
+    // Counted from 1 in the file.
+    metadata.insert("dflash.target_layers", taps.iter().map(|tap| tap + 1).collect::<Vec<i32>>());
     let mut rng = Rng::new(5);
     let mut tensors = Vec::new();
     for tensor in golden.tensors() {
         let resized = |n: &u64| match n {
-            40 => N_EMBD,
-            120 => 3 * N_EMBD,
+            40 => n_embd,
+            120 => taps.len() as u64 * n_embd,
             n => *n,
         };
         let shape: Vec<u64> = tensor.shape.iter().map(resized).collect();
@@ -129,6 +131,7 @@ struct Answered {
 /// Answers to the prompts, speculated with the help of `known` if there is any.
 fn answers(
     target: &Arc<Gguf>,
+    taps: &[i32],
     n_slot: usize,
     known: Option<Vec<Vec<Token>>>,
     requests: &[Request],
@@ -137,7 +140,7 @@ fn answers(
     let model = paceline_models::load(target, &backend).unwrap();
     let states = StateConfig { page_len: 16, ..StateConfig::default() };
     let drafter = known.map(|known| {
-        let file = random_drafter();
+        let file = random_drafter(&*model, taps);
         let load = LoadDrafter {
             file,
             backend: &backend,
@@ -190,13 +193,34 @@ fn answers(
 }
 
 #[test]
-fn speculated_is_plain_at_any_number_of_slots() {
-    let target = converted("qwen35moe");
+fn experts_and_delta_rules() {
+    check("qwen35moe", &[1, 3, 6]);
+}
+
+#[test]
+fn gemma4() {
+    check("gemma4", &[0, 2, 4]);
+}
+
+#[test]
+fn gemma4_with_shared_kv() {
+    check("gemma4-e", &[1, 5, 9]);
+}
+
+#[test]
+fn gemma4_with_experts() {
+    check("gemma4-moe", &[0, 2, 4]);
+}
+
+/// Speculated is plain, greedy and sampled, at any number of slots.
+fn check(name: &str, taps: &[i32]) {
+    let target = converted(name);
+    let n_vocab = target.tensor("token_embd.weight").unwrap().shape[1] as usize;
     let mut rng = Rng::new(17);
     let requests: Vec<Request> = (0..10)
         .map(|id| {
             let n_prompt = 1 + 7 * id as usize % 30;
-            let prompt = (0..n_prompt).map(|_| rng.range(0..N_VOCAB) as Token).collect();
+            let prompt = (0..n_prompt).map(|_| rng.range(0..n_vocab) as Token).collect();
             // Every other one is greedy.
             let temperature = if id % 2 == 0 { 0.0 } else { 0.9 };
             Request {
@@ -207,12 +231,12 @@ fn speculated_is_plain_at_any_number_of_slots() {
             }
         })
         .collect();
-    let plain = answers(&target, 1, None, &requests);
+    let plain = answers(&target, taps, 1, None, &requests);
     let known: Vec<Vec<Token>> =
         requests.iter().zip(&plain).map(|(r, a)| [&r.prompt[..], &a.tokens].concat()).collect();
     for n_slot in [1, 2, 5, 8] {
-        let crowd = answers(&target, n_slot, None, &requests);
-        let speculated = answers(&target, n_slot, Some(known.clone()), &requests);
+        let crowd = answers(&target, taps, n_slot, None, &requests);
+        let speculated = answers(&target, taps, n_slot, Some(known.clone()), &requests);
         for (id, plain) in plain.iter().enumerate() {
             assert_eq!(plain.tokens.len(), N_PREDICT);
             assert_eq!(crowd[id].tokens, plain.tokens, "answer {id}, plain at {n_slot} slots");
