@@ -27,7 +27,7 @@ mod work;
 pub use builder::{Experts, Matrix, PlanBuilder, Routes, Tap, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
-pub use step::{Lane, PageId, SlotId, Step, StepOut};
+pub use step::{Lane, PageId, SavedId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};
 
 use std::{any::Any, sync::Arc};
@@ -135,10 +135,14 @@ pub trait Exec: Send {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut);
 }
 
-/// The states that sequences leave on a device: pages of KV cells and slots of recurrent state.
+/// The states that sequences leave on a device: pages of KV cells, slots of recurrent state, and saved states, which
+/// are copies of what a slot had committed, for sequences that rest.
 ///
 /// It stores and copies; which sequence owns which page, and when a row becomes final, is decided by the
 /// `memory` crate alone. Calls come from the thread that runs the engine, never while an [`Exec`] runs.
+///
+/// Pages and saved states can be taken out as bytes and put back, by the same build with the same declarations and
+/// settings; nobody else can read them.
 pub trait States: Send + Sync {
     /// The declarations that this was made from.
     fn decls(&self) -> &[StateDecl];
@@ -156,11 +160,25 @@ pub trait States: Send + Sync {
     fn page_copy(&self, from: PageId, to: PageId);
     /// Makes `slot` the state of an empty sequence.
     fn slot_reset(&self, slot: SlotId);
-    /// Copies the committed state of slot `from` into slot `to`.
-    fn slot_copy(&self, from: SlotId, to: SlotId);
+    /// Keeps a copy of the committed state of `slot` as `saved`, which has no storage yet.
+    fn slot_save(&self, slot: SlotId, saved: SavedId);
+    /// Makes `saved` the committed state of `slot`; the copy stays.
+    fn slot_load(&self, saved: SavedId, slot: SlotId);
     /// Makes the first `n_rows` tentative rows (those after the certain ones) of the last step part of the
     /// state of `slot`, and drops the others.
     fn slot_commit(&self, slot: SlotId, n_rows: usize);
+    /// Bytes of one saved state.
+    fn saved_bytes(&self) -> usize;
+    /// Returns the storage of `saved` to the system.
+    fn saved_release(&self, saved: SavedId);
+    /// Appends all of `page` to `out`, always the same number of bytes.
+    fn page_export(&self, page: PageId, out: &mut Vec<u8>);
+    /// Fills `page`, which has storage, with what an export gave. False, and nothing changed, if the length is wrong.
+    fn page_import(&self, page: PageId, bytes: &[u8]) -> bool;
+    /// Appends `saved` to `out`, always the same number of bytes.
+    fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>);
+    /// Makes `saved`, which has no storage yet, of what an export gave. False, and nothing made, if the length is wrong.
+    fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool;
     /// For the backend to find its own type again.
     fn as_any(&self) -> &dyn Any;
 }

@@ -12,6 +12,10 @@ pub struct PageId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotId(pub u32);
 
+/// A copy of the recurrent state that a slot had, in [`States`](crate::States).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SavedId(pub u32);
+
 /// The rows of one sequence in a step. Row `i` of the lane sits in KV cell `n_past + i`, in page
 /// `pages[(n_past + i) / page_len]`.
 #[derive(Clone, Debug)]

@@ -18,6 +18,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Result, ensure};
 use clap::Args;
+use paceline_engine::CacheConfig;
 
 use crate::{
     flags::{ModelFlags, SamplingFlags, SizeFlags, TemplateFlags},
@@ -127,6 +128,8 @@ pub fn run(mut args: BenchArgs) -> Result<ExitCode> {
         args.model.model_draft = Some(file.path().to_owned());
     }
     let mut loaded = Loaded::load(&args.model, &args.sizes, &args.template, true)?;
+    // What is measured is computed, each time.
+    loaded.sizes.cache = CacheConfig::OFF;
     target.iter().chain(&drafter).for_each(SynthFile::forget_name);
     if let Some(name) = &args.shape.shape {
         loaded.name = format!("{name} {}, random weights", args.shape.ty);

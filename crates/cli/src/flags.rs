@@ -9,6 +9,7 @@ use std::{ffi::OsString, path::PathBuf, str::FromStr};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use paceline_backend::{KvType, KvTypes};
+use paceline_engine::CacheConfig;
 use paceline_sampling::{SamplingParams, samplers};
 use paceline_spec::DrafterKind;
 use paceline_text::{ChatTemplate, ReasoningFormat};
@@ -101,7 +102,7 @@ impl ModelFlags {
 #[command(next_help_heading = "Sizes")]
 pub struct SizeFlags {
     /// Context in tokens over all slots; 0 is what the model was trained for, for each slot
-    #[arg(short, long, value_name = "N", env = "LLAMA_ARG_CTX_SIZE", hide_env = true)]
+    #[arg(short, long, alias = "ctx", value_name = "N", env = "LLAMA_ARG_CTX_SIZE", hide_env = true)]
     pub ctx_size: Option<u32>,
     /// Requests served at once (-np); -1 picks a number
     #[arg(
@@ -179,6 +180,67 @@ pub struct SizeFlags {
     /// Drafts at full length always, whether that pays or not
     #[arg(long, alias = "draft-fixed")]
     pub spec_draft_fixed: bool,
+    #[command(flatten)]
+    pub cache: CacheFlags,
+}
+
+/// What is kept of prompts and answers for those that begin alike.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Prompt cache")]
+pub struct CacheFlags {
+    /// MiB that cached prompts may hold beyond what running requests use; 0 is none, -1 no limit [default: 8192]
+    #[arg(
+        long,
+        alias = "cram",
+        value_name = "N",
+        env = "LLAMA_ARG_CACHE_RAM",
+        hide_env = true,
+        allow_negative_numbers = true
+    )]
+    pub cache_ram: Option<i64>,
+    /// Requests reuse nothing unless they ask for it
+    #[arg(long, env = "LLAMA_ARG_NO_CACHE_PROMPT", hide_env = true, value_parser = switch)]
+    pub no_cache_prompt: bool,
+    /// Requests reuse what is cached unless they ask not to (default)
+    #[arg(long, hide = true, overrides_with = "no_cache_prompt")]
+    pub cache_prompt: bool,
+    /// A request that ends leaves its prompt in the cache and not its answer
+    #[arg(long)]
+    pub no_cache_idle_slots: bool,
+    /// A request that ends leaves all that was computed (default)
+    #[arg(long, hide = true, overrides_with = "no_cache_idle_slots")]
+    pub cache_idle_slots: bool,
+    /// Most snapshots in the course of one prompt, for models that can't go on from anywhere (-ctxcp) [default: 32]
+    #[arg(long, aliases = ["ctxcp", "swa-checkpoints"], value_name = "N")]
+    pub ctx_checkpoints: Option<usize>,
+    /// Tokens from one of them to the next [default: 8192]
+    #[arg(long, value_name = "N")]
+    pub checkpoint_min_step: Option<usize>,
+    /// Share of a prompt that a slot's last tokens must make up to be given it; what is reused is the same anyway (-sps)
+    /// [default: 0.1]
+    #[arg(long, alias = "sps", value_name = "X")]
+    pub slot_prompt_similarity: Option<f32>,
+}
+
+impl CacheFlags {
+    /// What the cache may do.
+    pub fn config(&self) -> Result<CacheConfig> {
+        let default = CacheConfig::default();
+        let n_byte_max = match self.cache_ram {
+            None => default.n_byte_max,
+            Some(-1) => usize::MAX,
+            Some(n) => {
+                let bytes = usize::try_from(n).ok().and_then(|n| n.checked_mul(1 << 20));
+                bytes.with_context(|| format!("--cache-ram: expected a number of MiB, 0 or -1, found {n}"))?
+            }
+        };
+        Ok(CacheConfig {
+            n_byte_max,
+            n_step: self.checkpoint_min_step.unwrap_or(default.n_step),
+            n_step_max: self.ctx_checkpoints.unwrap_or(default.n_step_max),
+            keeps_finished: !self.no_cache_idle_slots,
+        })
+    }
 }
 
 impl SizeFlags {

@@ -11,7 +11,8 @@ use paceline_spec::{DRAFTERS, LoadDrafter};
 use serde_json::{Value, json};
 
 use crate::{
-    load::{MemoryNeed, bytes, n_params, short},
+    flags::SizeFlags,
+    load::{MemoryNeed, Sizes, bytes, n_params, short},
     output::say,
 };
 
@@ -20,15 +21,18 @@ use crate::{
 pub struct InspectArgs {
     /// The file, of a split model the first part
     file: PathBuf,
-    /// Context to work out memory for; the trained one by default
-    #[arg(short, long = "ctx", visible_alias = "ctx-size", value_name = "N")]
-    ctx: Option<u64>,
     /// For a drafter, its target: the pair is checked as it would be at load
     #[arg(long, value_name = "FILE")]
     target: Option<PathBuf>,
     /// Lists every tensor
-    #[arg(short, long)]
+    #[arg(long)]
     tensors: bool,
+    /// Prints the memory that a server with these sizes would take, and at most
+    #[arg(long)]
+    plan: bool,
+    /// For the plan, the drafter beside the target (-md)
+    #[arg(long, alias = "md", value_name = "FILE", requires = "plan")]
+    model_draft: Option<PathBuf>,
     /// Shows long values in full
     #[arg(long)]
     full: bool,
@@ -38,6 +42,9 @@ pub struct InspectArgs {
     /// Only says whether the model was tuned for instructions: exit code 0 if so, 3 if not
     #[arg(long, conflicts_with = "json")]
     check_instruct: bool,
+    /// Context (the trained one by default) and other sizes to work out memory for
+    #[command(flatten)]
+    sizes: SizeFlags,
 }
 
 /// Exit code for a model that was not tuned for instructions; 1 is a file that can't be read.
@@ -57,7 +64,15 @@ pub fn run(args: InspectArgs) -> Result<ExitCode> {
         say(format_args!("{}: {}", file.name(), reason.unwrap_or("tuned for instructions")))?;
         return Ok(if reason.is_some() { NOT_INSTRUCT.into() } else { ExitCode::SUCCESS });
     }
-    let memory = memory(&file, args.ctx);
+    if args.plan {
+        let plan = MemoryPlan::new(&args, &file)?;
+        match args.json {
+            true => say(format_args!("{}", serde_json::to_string_pretty(&plan.to_json())?)),
+            false => plan.print(),
+        }?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let memory = memory(&file, args.sizes.ctx_size.filter(|&n| n > 0).map(u64::from));
     let contract = contract(&file, args.target.as_ref())?;
     match args.json {
         true => {
@@ -163,6 +178,122 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
         slot: need(KvType::F16, 0).slot_bytes,
         per_draft: need(KvType::F16, 1).slot_bytes - need(KvType::F16, 0).slot_bytes,
     })
+}
+
+/// What a server with the given sizes takes: the weights at once, the rest as it is used.
+struct MemoryPlan {
+    sizes: Sizes,
+    weights: u64,
+    weights_draft: u64,
+    target: MemoryNeed,
+    drafter: Option<MemoryNeed>,
+}
+
+impl MemoryPlan {
+    fn new(args: &InspectArgs, file: &Arc<Gguf>) -> Result<MemoryPlan> {
+        anyhow::ensure!(
+            !is_drafter(file),
+            "{}: --plan: expected a target, found a drafter\nhint: give the target, and the drafter with -md",
+            file.name()
+        );
+        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1)?);
+        let model = paceline_models::load(file, &backend)?;
+        let sizes = Sizes::new(&args.sizes, &*model, false)?;
+        let weights = |file: &Gguf| file.tensors().iter().map(|tensor| tensor.n_bytes).sum();
+        let drafter_file = args.model_draft.as_ref().map(Gguf::open).transpose()?.map(Arc::new);
+        let drafter = match &drafter_file {
+            Some(file) => {
+                let name = arch(file).context("the drafter's file names no architecture")?;
+                let states = match is_drafter(file) {
+                    true => drafter_states(file, name).map_err(anyhow::Error::msg)?.0,
+                    false => paceline_models::load(file, &backend)?.states().to_vec(),
+                };
+                Some(MemoryNeed::new(&states, sizes.kv_draft, 1))
+            }
+            None => None,
+        };
+        let n_draft = if drafter.is_some() { sizes.n_draft_max } else { 0 };
+        Ok(MemoryPlan {
+            weights: weights(file),
+            weights_draft: drafter_file.as_ref().map_or(0, |file| weights(file)),
+            target: MemoryNeed::new(model.states(), sizes.kv, n_draft),
+            drafter,
+            sizes,
+        })
+    }
+
+    /// Bytes of full slots: cells, recurrent states, the drafter's cells.
+    fn full(&self) -> [u64; 3] {
+        let Sizes { n_slot, n_cell, .. } = self.sizes;
+        let cells = |need: &MemoryNeed| need.cell_bytes.saturating_mul(n_cell as u64);
+        let drafter = self.drafter.as_ref().map_or(0, cells);
+        [cells(&self.target), self.slot_bytes().saturating_mul(n_slot as u64), drafter]
+    }
+
+    /// Bytes of recurrent states of a slot. A small model that drafts forks its own, which makes two.
+    fn slot_bytes(&self) -> u64 {
+        self.target.slot_bytes + 2 * self.drafter.map_or(0, |need| need.slot_bytes)
+    }
+
+    fn total(&self) -> u64 {
+        let cache = self.sizes.cache.n_byte_max as u64;
+        self.full()
+            .into_iter()
+            .fold(self.weights + self.weights_draft, u64::saturating_add)
+            .saturating_add(cache)
+    }
+
+    fn print(&self) -> Result<()> {
+        let Sizes { n_slot, n_ctx, n_cell, cache, .. } = self.sizes;
+        let [cells, slots, drafter] = self.full();
+        let none = MemoryNeed { cell_bytes: 0, slot_bytes: 0 };
+        let of_drafter = self.drafter.unwrap_or(none);
+        say(format_args!(
+            "memory of {n_slot} slots, each with a context of {n_ctx} tokens, {n_cell} tokens in all"
+        ))?;
+        let line = |what: &str, most: u64, words: String| {
+            say(format_args!("  {what:<17} {:>10}  {words}", bytes(most)))
+        };
+        line("weights", self.weights + self.weights_draft, "at once".to_string())?;
+        line("KV cells", cells, format!("as used, {} a token", bytes(self.target.cell_bytes)))?;
+        line(
+            "recurrent states",
+            slots,
+            format!("as used, {} a slot, its drafts included", bytes(self.slot_bytes())),
+        )?;
+        line("drafter's cells", drafter, format!("as used, {} a token", bytes(of_drafter.cell_bytes)))?;
+        match cache.n_byte_max {
+            usize::MAX => say(format_args!("  {:<17} {:>10}  --cache-ram -1", "prompt cache", "no limit"))?,
+            n => line(
+                "prompt cache",
+                n as u64,
+                "as used, beyond what running requests use (--cache-ram)".to_string(),
+            )?,
+        }
+        match cache.n_byte_max {
+            usize::MAX => Ok(()),
+            _ => line("at most", self.total(), "and what a step computes with".to_string()),
+        }
+    }
+
+    fn to_json(&self) -> Value {
+        let Sizes { n_slot, n_ctx, n_cell, cache, .. } = self.sizes;
+        let [cells, slots, drafter] = self.full();
+        json!({
+            "n_slot": n_slot,
+            "n_ctx": n_ctx,
+            "n_cell": n_cell,
+            "weights_bytes": self.weights + self.weights_draft,
+            "kv_bytes": cells,
+            "kv_token_bytes": self.target.cell_bytes,
+            "recurrent_bytes": slots,
+            "recurrent_slot_bytes": self.slot_bytes(),
+            "drafter_kv_bytes": drafter,
+            "drafter_kv_token_bytes": self.drafter.map_or(0, |need| need.cell_bytes),
+            "cache_bytes": (cache.n_byte_max != usize::MAX).then_some(cache.n_byte_max),
+            "total_bytes": (cache.n_byte_max != usize::MAX).then(|| self.total()),
+        })
+    }
 }
 
 /// A drafter keeps keys and values of each of its layers and nothing else.

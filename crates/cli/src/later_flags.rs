@@ -60,7 +60,9 @@ impl Later {
 }
 
 const ON_CPU: Instead = Warn("this build computes on the CPU, where all layers stay");
-const NO_CACHE: Instead = Warn("prompts are not reused yet, each is computed anew");
+const SHIFTED: Instead = Refuse(
+    "a cached part behind a difference was computed with other tokens before it, so answers would depend on what was asked before; equal beginnings are always reused",
+);
 const WHOLE_CONTEXT: Instead = Warn("the drafter sees the whole context; the text is the same");
 const NO_POOLS: Instead = Warn("all threads work on every step; -t sets their number");
 const ROUTER: Instead = Refuse("serving several models from one port is not built yet");
@@ -98,21 +100,14 @@ const LATER: &[Later] = &[
     later("mlock", Nothing, Warn("memory is not locked yet")).env("LLAMA_ARG_MLOCK"),
     later("numa", Value, Warn("memory is placed as the system does it")).env("LLAMA_ARG_NUMA"),
     later("swa-full", Nothing, Warn("no cell is dropped behind a window, so the full cache is kept anyway")),
-    later("cache-prompt", Nothing, NO_CACHE),
-    later("no-cache-prompt", Nothing, AsAsked).env("LLAMA_ARG_NO_CACHE_PROMPT"),
-    later("cache-reuse", Value, NO_CACHE).env("LLAMA_ARG_CACHE_REUSE").quiet(&["0"]),
-    later("cache-ram", Value, NO_CACHE).also(&["cram"]).env("LLAMA_ARG_CACHE_RAM").quiet(&["0"]),
-    later("ctx-checkpoints", Value, NO_CACHE).also(&["ctxcp", "swa-checkpoints"]).quiet(&["0"]),
-    later("checkpoint-min-step", Value, NO_CACHE),
-    later("cache-idle-slots", Nothing, NO_CACHE),
-    later("no-cache-idle-slots", Nothing, AsAsked),
-    later("slot-prompt-similarity", Value, NO_CACHE).also(&["sps"]).quiet(&["0", "0.0"]),
-    later("slot-save-path", Value, Warn("slots can't be saved to files yet")),
+    later("cache-reuse", Value, SHIFTED).env("LLAMA_ARG_CACHE_REUSE").quiet(&["0"]),
     later("keep", Value, Warn("nothing is ever dropped from a full context")).quiet(&["0", "-1"]),
     later(
         "context-shift",
         Nothing,
-        Refuse("a full context ends the answer; dropping its beginning is not built yet"),
+        Refuse(
+            "a full context ends the answer: what stays was computed with what would be dropped, so going on would not be exact",
+        ),
     ),
     later("no-context-shift", Nothing, AsAsked),
     later("spec-draft-n-min", Value, Warn("drafts of any length are verified; the text is the same"))

@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
-use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Step, Target};
+use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_models::Model;
@@ -85,6 +85,10 @@ pub struct Sizes {
     pub kv: KvTypes,
     /// Storage of the drafter's cells.
     pub kv_draft: KvTypes,
+    /// What the prompt cache may do.
+    pub cache: CacheConfig,
+    /// Share of a prompt that makes a slot fit for it.
+    pub slot_similarity: f32,
 }
 
 impl Loaded {
@@ -181,6 +185,9 @@ impl Loaded {
             n_ctx: sizes.n_ctx,
             n_ubatch: sizes.n_ubatch,
             n_draft_max,
+            cache: sizes.cache,
+            slot_similarity: sizes.slot_similarity,
+            pair: self.pair(with_drafter),
             ..EngineConfig::default()
         };
         let start = Instant::now();
@@ -192,6 +199,33 @@ impl Loaded {
     pub fn planning_engine(&self) -> Result<Engine> {
         let engine = self.engine(true)?;
         Ok(if self.sizes.drafts_always { engine } else { engine.with_planner() })
+    }
+
+    /// Digest of all that a snapshot depends on, bit for bit: the target's file, who drafts and from which files, how cells
+    /// are stored, the kernels, this build.
+    fn pair(&self, with_drafters: bool) -> u64 {
+        let backend = self.backend.describe();
+        // The number of threads changes no bit.
+        let backend = backend.split(", ").filter(|part| !part.ends_with(" threads"));
+        let mut text = env!("PACELINE_BUILD").as_bytes().to_vec();
+        backend.for_each(|part| text.extend(part.bytes()));
+        text.extend(format!("{:?} {:?}", self.sizes.kv, self.sizes.kv_draft).bytes());
+        let drafters = self.drafters.iter().filter(|_| with_drafters);
+        let drafters = drafters.map(|(kind, file)| (kind.name, file));
+        for (role, file) in std::iter::once(("target", &self.target_file)).chain(drafters) {
+            text.extend(format!("{role}:").bytes());
+            for (key, value) in file.metadata().iter() {
+                text.extend(format!("{key}={value};").bytes());
+            }
+            for tensor in file.tensors() {
+                text.extend(format!("{} {:?} {};", tensor.name, tensor.shape, tensor.ty).bytes());
+                // Some of every tensor: finetunes of one model have the same shapes.
+                let data = file.data(tensor);
+                let (first, last) = (data.first_chunk::<64>(), data.last_chunk::<64>());
+                text.extend(first.into_iter().chain(last).flatten());
+            }
+        }
+        digest(&text)
     }
 
     /// Says what was loaded, and runs a token or two so that the first request finds everything touched.
@@ -259,7 +293,7 @@ impl Loaded {
 
 impl Sizes {
     /// Sizes for `model`, and words on how they came about.
-    fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
+    pub fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
         let (kv, kv_draft) = flags.kv_types();
         model.states().iter().try_for_each(|state| state.check_kv(kv))?;
         let auto = if one_slot { 1 } else { N_SLOT_AUTO };
@@ -324,6 +358,11 @@ impl Sizes {
             drafts_always: flags.spec_draft_fixed,
             kv,
             kv_draft,
+            cache: flags.cache.config()?,
+            slot_similarity: flags
+                .cache
+                .slot_prompt_similarity
+                .unwrap_or(EngineConfig::default().slot_similarity),
         })
     }
 }

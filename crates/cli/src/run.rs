@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use paceline_engine::{Engine, Request, RequestId, TokenOut};
+use paceline_engine::{CacheConfig, Engine, Request, RequestId, TokenOut};
 use paceline_sampling::{DryBreakers, SamplingParams};
 use paceline_text::{Delta, Encode, ReasoningFormat, ReasoningParser, StreamDecoder, Tokenizer};
 use serde_json::{Value, json};
@@ -81,7 +81,7 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
     for words in args.later.check()? {
         eprintln!("{words}");
     }
-    let loaded = Loaded::load(&args.model, &args.sizes, &args.template, true)?;
+    let mut loaded = Loaded::load(&args.model, &args.sizes, &args.template, true)?;
     let mut params = args.sampling.params()?;
     params.validate(loaded.tokenizer.vocab().len())?;
     if args.sampling.fixed_seed().is_none() {
@@ -94,12 +94,17 @@ pub fn run(args: RunArgs) -> Result<ExitCode> {
         stop: Stop::new()?,
         args,
     };
+    let given = session.given_prompt()?;
+    if given.is_some() {
+        // Nothing comes after one question.
+        loaded.sizes.cache = CacheConfig::OFF;
+    }
     let mut engine = loaded.planning_engine()?;
     for drafter in engine.drafters() {
         tracing::info!("drafter: {}", drafter.contract());
     }
     let chat = Chat::new(&loaded.tokenizer, &loaded.template, &session.args.template)?;
-    match session.given_prompt()? {
+    match given {
         Some(text) => {
             let prompt = match session.args.no_chat {
                 true => chat.raw(&text)?,

@@ -50,6 +50,9 @@ pub struct ServeArgs {
     /// GET /slots does not answer
     #[arg(long, env = "LLAMA_ARG_NO_ENDPOINT_SLOTS", hide_env = true, value_parser = switch, overrides_with = "slots")]
     no_slots: bool,
+    /// Folder for POST /slots/{id}?action=save and restore
+    #[arg(long, value_name = "DIR", env = "LLAMA_ARG_SLOT_SAVE_PATH", hide_env = true)]
+    slot_save_path: Option<PathBuf>,
     #[command(flatten)]
     length: LengthFlags,
     #[command(flatten)]
@@ -110,6 +113,13 @@ fn config(args: &ServeArgs) -> Result<ServerConfig> {
         // An empty file must not open the door.
         ensure!(api_keys.len() > n, "{}: expected keys, one a line, found none", path.display());
     }
+    if let Some(folder) = &args.slot_save_path {
+        ensure!(
+            folder.is_dir(),
+            "--slot-save-path: expected a folder that exists, found {}",
+            folder.display()
+        );
+    }
     Ok(ServerConfig {
         api_keys,
         slots: !args.no_slots,
@@ -123,6 +133,8 @@ fn config(args: &ServeArgs) -> Result<ServerConfig> {
         reasoning_format: args.template.reasoning_format.unwrap_or_default(),
         chat_template_kwargs: args.template.kwargs()?,
         n_predict: usize::try_from(args.length.n_predict).ok(),
+        slot_save_path: args.slot_save_path.clone(),
+        cache_prompt: !args.sizes.cache.no_cache_prompt,
         ..ServerConfig::default()
     })
 }

@@ -293,6 +293,11 @@ impl Chooser {
         self.tracks[i].is_alive
     }
 
+    /// Drafters, dropped ones included.
+    pub fn n_drafter(&self) -> usize {
+        self.tracks.len()
+    }
+
     /// Drafter `i` is no longer for this slot. False if that was the last one.
     pub fn drop_drafter(&mut self, i: usize) -> bool {
         self.tracks[i].is_alive = false;

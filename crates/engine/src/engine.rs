@@ -3,16 +3,19 @@
 use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use paceline_backend::{Exec, Step as Forward, StepOut};
-use paceline_memory::{Memory, Usage};
+use paceline_memory::{Memory, SeqId, Usage};
 use paceline_sampling::{ParamError, Sampler};
 use paceline_spec::{Draft, DraftRequest, Drafter, Kept, TapUnion, verify};
 use paceline_text::Vocab;
 
 use crate::{
-    Event, Request, RequestError, RequestId, SpeculationNote, Token,
+    CacheConfig, CacheUsage, Event, Request, RequestError, RequestId, SpeculationNote, Token,
+    cache::{Cache, Hit, Members, Stores},
     choose::{Choice, Outcome, Pace},
     plan::{LanePlan, SlotView, StepPlan, plan},
+    radix::n_common,
     slot::{Active, Phase, SlotStatus},
+    snapshot_file::{RestoreError, SnapshotFile},
 };
 
 /// The model that decides: its compiled forward and the memory of its sequences.
@@ -38,6 +41,13 @@ pub struct EngineConfig {
     pub n_draft_max: usize,
     /// Requests that may wait for a slot.
     pub n_queue_max: usize,
+    /// The prompt cache.
+    pub cache: CacheConfig,
+    /// A free slot whose last tokens make up at least this share of a prompt serves it; otherwise it is the slot that
+    /// was free longest. What is reused does not depend on it.
+    pub slot_similarity: f32,
+    /// Digest of all that a snapshot in a file depends on: models, drafter, storage, build.
+    pub pair: u64,
     /// Recounts all memory after each step; for tests.
     pub check_memory: bool,
 }
@@ -50,6 +60,9 @@ impl Default for EngineConfig {
             n_ubatch: 512,
             n_draft_max: 15,
             n_queue_max: 64,
+            cache: CacheConfig::default(),
+            slot_similarity: 0.1,
+            pair: 0,
             check_memory: false,
         }
     }
@@ -88,6 +101,8 @@ pub struct Counters {
     pub n_bad_logits: u64,
     /// Drafts dropped as unusable.
     pub n_bad_drafts: u64,
+    /// Requests that waited again because the memory was full.
+    pub n_parked: u64,
     /// Where the time went; zeros without a clock.
     pub times: StageTimes,
 }
@@ -168,6 +183,54 @@ pub enum SubmitError {
     Sampling(#[from] ParamError),
 }
 
+/// Why a slot can't be saved, restored or erased.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SaveError {
+    /// It does not exist.
+    #[error("slot {slot} does not exist: there are {n_slot}")]
+    BadSlot {
+        /// The slot.
+        slot: usize,
+        /// Number of slots.
+        n_slot: usize,
+    },
+    /// It serves a request.
+    #[error("slot {slot} is busy: wait for its answer, or for its client to go away")]
+    Busy {
+        /// The slot.
+        slot: usize,
+    },
+    /// It served none, or what it left is gone.
+    #[error("slot {slot} holds nothing: {why}")]
+    Empty {
+        /// The slot.
+        slot: usize,
+        /// What became of it.
+        why: &'static str,
+    },
+    /// The file is of no use.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+}
+
+/// The snapshot of a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The contents of a file.
+    pub bytes: Vec<u8>,
+    /// Tokens in it.
+    pub n_token: usize,
+}
+
+/// What a restore brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Tokens.
+    pub n_token: usize,
+    /// False if a drafter is loaded and the file has nothing for it: then only requests that do not draft begin with it.
+    pub serves_drafts: bool,
+}
+
 /// The engine. See the crate's documentation.
 pub struct Engine {
     target: Target,
@@ -177,11 +240,53 @@ pub struct Engine {
     vocab: Arc<Vocab>,
     config: EngineConfig,
     slots: Vec<Option<Active>>,
-    waiting: VecDeque<(Request, Sampler)>,
+    /// The tokens that each slot had last, and when it was used last.
+    last: Vec<(Vec<Token>, u64)>,
+    waiting: VecDeque<Waiting>,
+    cache: Cache,
+    n_started: u64,
     counters: Counters,
     clock: Option<Clock>,
     out: StepOut,
 }
+
+/// A request without a slot.
+enum Waiting {
+    /// It was never started.
+    New(Box<Request>, Box<Sampler>),
+    /// It was, and gave up its memory for others.
+    Parked(Box<Active>),
+}
+
+impl Waiting {
+    fn id(&self) -> RequestId {
+        match self {
+            Waiting::New(request, _) => request.id,
+            Waiting::Parked(active) => active.request,
+        }
+    }
+
+    fn slot(&self) -> Option<usize> {
+        match self {
+            Waiting::New(request, _) => request.slot,
+            Waiting::Parked(active) => active.wanted,
+        }
+    }
+
+    fn tokens(&self) -> &[Token] {
+        match self {
+            Waiting::New(request, _) => &request.prompt,
+            Waiting::Parked(active) => &active.tokens,
+        }
+    }
+}
+
+/// Tokens of a prompt that are computed again rather than split off into a step of their own, so that a snapshot comes
+/// right before them.
+const N_TAIL_MAX: usize = 64;
+
+/// Shared tokens behind which prompts have parted that are worth a snapshot.
+const N_BRANCH_MIN: usize = 16;
 
 impl Engine {
     /// An engine that serves `target`, guessing with `drafters`: none, one, or whichever is best for a slot. The
@@ -190,13 +295,18 @@ impl Engine {
         target: Target,
         drafters: impl IntoIterator<Item = Box<dyn Drafter>>,
         vocab: Arc<Vocab>,
-        config: EngineConfig,
+        mut config: EngineConfig,
     ) -> Self {
+        // A request that has the memory for itself must have room to its end.
+        config.n_ctx = config.n_ctx.min(target.memory.n_cell_max());
         assert!(config.n_slot > 0 && config.n_ctx > 1 && config.n_ubatch > 0, "{config:?}");
         let drafters: Vec<Box<dyn Drafter>> = drafters.into_iter().collect();
         Engine {
             slots: (0..config.n_slot).map(|_| None).collect(),
+            last: vec![(Vec::new(), 0); config.n_slot],
             waiting: VecDeque::new(),
+            cache: Cache::new(config.cache),
+            n_started: 0,
             counters: Counters::default(),
             clock: None,
             out: StepOut::default(),
@@ -253,19 +363,20 @@ impl Engine {
         if self.waiting.len() >= self.config.n_queue_max + n_free {
             return Err(SubmitError::QueueFull { n_waiting: self.waiting.len() });
         }
-        self.waiting.push_back((request, sampler));
+        self.waiting.push_back(Waiting::New(Box::new(request), Box::new(sampler)));
         Ok(())
     }
 
     /// Ends a request without an answer; its slot is free at once. False if it was not known any more.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        if let Some(at) = self.waiting.iter().position(|(r, _)| r.id == id) {
+        if let Some(at) = self.waiting.iter().position(|waiting| waiting.id() == id) {
             self.waiting.remove(at);
             return true;
         }
         match self.slots.iter().position(|s| s.as_ref().is_some_and(|a| a.request == id)) {
             Some(slot) => {
-                self.retire(slot);
+                self.retire(slot, true);
+                self.evict();
                 true
             }
             None => false,
@@ -289,8 +400,9 @@ impl Engine {
             .iter()
             .enumerate()
             .filter_map(|(slot, active)| {
-                let n_gap = active.as_ref()?.n_gap();
-                Some(SlotView { slot, n_gap, n_draft: drafts[slot].tokens.len() })
+                let active = active.as_ref()?;
+                let (n_gap, n_known_max) = (active.n_gap(), active.n_known_max());
+                Some(SlotView { slot, n_gap, n_known_max, n_draft: drafts[slot].tokens.len() })
             })
             .collect();
         let plan = self.prepare(plan(&views, self.config.n_ubatch), &mut drafts, events);
@@ -305,41 +417,157 @@ impl Engine {
         let finished = self.verify_and_commit(&plan, &drafts, events);
         self.settle(&plan, draft_time, verify_time);
         self.counters.times.commit += self.now().saturating_sub(computed);
-        for slot in finished {
-            self.retire(slot);
-        }
         self.count(&plan);
+        for lane in plan.lanes.iter().filter(|lane| !finished.contains(&(lane.slot, false))) {
+            self.keep_cuts(lane.slot);
+        }
+        for (slot, is_sound) in finished {
+            self.retire(slot, is_sound);
+        }
+        self.evict();
         if self.config.check_memory {
             self.target.memory.check();
         }
         Step::Ran { n_rows: plan.n_rows(), n_lanes: plan.lanes.len() }
     }
 
+    /// Starts what waits, first come, first served, as long as there are slots and memory.
     fn admit(&mut self, events: &mut Vec<Event>) {
         let mut at = 0;
         while at < self.waiting.len() {
-            let free = match self.waiting[at].0.slot {
-                Some(wanted) => Some(wanted).filter(|&slot| self.slots[slot].is_none()),
-                None => self.slots.iter().position(Option::is_none),
-            };
-            let Some(slot) = free else {
+            let Some(slot) = self.free_slot(&self.waiting[at]) else {
                 at += 1;
                 continue;
             };
-            let Some((request, sampler)) = self.waiting.remove(at) else { break };
-            let n_draft_max = request.n_draft_max.unwrap_or(usize::MAX).min(self.config.n_draft_max);
-            let note = match n_draft_max {
-                _ if self.drafters.is_empty() => SpeculationNote::NoDrafter,
-                0 => SpeculationNote::OffByRequest,
-                _ => SpeculationNote::Active,
+            let (hit, has_room) = self.reach(at);
+            if !has_room {
+                if let Some(hit) = hit {
+                    stores(&mut self.target, &mut self.drafters).forget(hit.seq);
+                }
+                return;
+            }
+            let Some(waiting) = self.waiting.remove(at) else { return };
+            let seq = hit.map_or_else(|| self.target.memory.create(), |hit| hit.seq);
+            let n_cached = hit.map_or(0, |hit| hit.len);
+            let mut active = match waiting {
+                Waiting::Parked(active) => *active,
+                Waiting::New(request, sampler) => {
+                    let turns = request.turns.clone();
+                    let active = self.start(*request, *sampler, seq, slot, n_cached, events);
+                    if active.caches && self.config.cache.is_on() {
+                        self.cache.count(hit);
+                    }
+                    self.plan_cuts(active, &turns, n_cached)
+                }
             };
-            let seq = self.target.memory.create();
-            events.push(Event::Started { request: request.id, slot, n_cached: 0 });
-            let (chooser, n_ctx, vocab) = (self.pace.chooser(), self.config.n_ctx, self.vocab.clone());
-            let mut active = Active::new(request, seq, sampler, chooser, n_draft_max, n_ctx, vocab);
-            active.stats.speculation = note;
+            (active.seq, active.n_computed) = (seq, n_cached);
+            active.reach_cuts();
+            active.born = self.n_started;
+            self.n_started += 1;
             self.slots[slot] = Some(active);
         }
+    }
+
+    /// The slot that may serve `waiting` now.
+    fn free_slot(&self, waiting: &Waiting) -> Option<usize> {
+        let is_free = |slot: &usize| self.slots[*slot].is_none();
+        if let Some(wanted) = waiting.slot() {
+            return Some(wanted).filter(is_free);
+        }
+        let tokens = waiting.tokens();
+        let similarity = |slot: usize| n_common(&self.last[slot].0, tokens) as f32 / tokens.len() as f32;
+        let free = || (0..self.slots.len()).filter(is_free);
+        let similar =
+            free().map(|slot| (similarity(slot), slot)).filter(|(s, _)| *s > self.config.slot_similarity);
+        // Of equals the first.
+        let best = similar.min_by(|a, b| b.0.total_cmp(&a.0));
+        best.map(|(_, slot)| slot).or_else(|| free().min_by_key(|&slot| self.last[slot].1))
+    }
+
+    /// The longest cached prefix of a waiting request, and whether there is room for all of it beside those that run.
+    fn reach(&mut self, at: usize) -> (Option<Hit>, bool) {
+        let (caches, drafts) = match &self.waiting[at] {
+            Waiting::New(request, _) => {
+                let all = Members::of(|_| self.n_draft_max(request) > 0, self.drafters.len());
+                (request.cache_prompt, all)
+            }
+            Waiting::Parked(active) => (active.caches, followers(active)),
+        };
+        let tokens = self.waiting[at].tokens();
+        let mut stores = stores(&mut self.target, &mut self.drafters);
+        // The last token is computed in any case: its row says what comes next.
+        let n_max = tokens.len() - 1;
+        let hit = if caches { self.cache.find(tokens, n_max, drafts, &mut stores) } else { None };
+        let memory = &self.target.memory;
+        let owed = |tokens: &[Token], seq: Option<SeqId>| {
+            let (n_have, n_asleep) =
+                seq.map_or((0, 0), |seq| (memory.n_page(seq), memory.n_page_asleep(seq)));
+            memory.n_page_of(tokens.len()).saturating_sub(n_have) + n_asleep
+        };
+        let running: Vec<&Active> = self.slots.iter().flatten().collect();
+        if running.is_empty() {
+            return (hit, true);
+        }
+        // A page for each to grow into, and one for a shared page that is written.
+        let spare = memory.n_page_of(1) * (running.len() + 2);
+        let promised: usize = running.iter().map(|active| owed(&active.tokens, Some(active.seq))).sum();
+        let needed = owed(tokens, hit.map(|hit| hit.seq)) + promised + spare;
+        (hit, needed <= memory.n_page_free())
+    }
+
+    fn n_draft_max(&self, request: &Request) -> usize {
+        request.n_draft_max.unwrap_or(usize::MAX).min(self.config.n_draft_max)
+    }
+
+    fn start(
+        &mut self,
+        request: Request,
+        sampler: Sampler,
+        seq: SeqId,
+        slot: usize,
+        n_cached: usize,
+        events: &mut Vec<Event>,
+    ) -> Active {
+        let n_draft_max = self.n_draft_max(&request);
+        let note = match n_draft_max {
+            _ if self.drafters.is_empty() => SpeculationNote::NoDrafter,
+            0 => SpeculationNote::OffByRequest,
+            _ => SpeculationNote::Active,
+        };
+        events.push(Event::Started { request: request.id, slot, n_cached });
+        let (chooser, n_ctx, vocab) = (self.pace.chooser(), self.config.n_ctx, self.vocab.clone());
+        let mut active = Active::new(request, seq, sampler, chooser, n_draft_max, n_ctx, vocab);
+        active.stats.speculation = note;
+        active.stats.n_cached = n_cached;
+        active
+    }
+
+    /// Decides where the prompt of `active` leaves snapshots.
+    fn plan_cuts(&mut self, mut active: Active, turns: &[usize], n_cached: usize) -> Active {
+        let config = self.config.cache;
+        if !active.caches || !config.is_on() {
+            return active;
+        }
+        let n = active.tokens.len();
+        if self.cache.enters_anywhere(&stores(&mut self.target, &mut self.drafters)) {
+            // One behind the prompt serves every prefix, and cuts nothing.
+            active.cuts = vec![n];
+            return active;
+        }
+        let mut cuts = turns.to_vec();
+        // The same prompt again, or a longer one, goes on close before the end of this one.
+        if turns.iter().all(|&turn| turn >= n || turn + N_TAIL_MAX < n) {
+            cuts.push(n - 1);
+        }
+        // Where prompts part once they may part again.
+        cuts.extend(Some(self.cache.n_shared(&active.tokens)).filter(|&m| m >= n_cached + N_BRANCH_MIN));
+        let n_step = n.checked_div(config.n_step).unwrap_or(0);
+        cuts.extend((1..=n_step).rev().take(config.n_step_max).map(|i| i * config.n_step));
+        cuts.retain(|&cut| cut > n_cached && cut < n);
+        cuts.sort_unstable_by(|a, b| b.cmp(a));
+        cuts.dedup();
+        active.cuts = cuts;
+        active
     }
 
     /// Drafts for every slot that can use one, each drafter called once at most for all its slots; by slot, empty where
@@ -470,28 +698,40 @@ impl Engine {
         self.pace.settle(m, n_rows, is_pure.then_some(draft_time + verify_time), &mut outcomes);
     }
 
-    /// Makes room for the plan's rows: for the known tokens of every slot, then for drafts from what is left, so
-    /// that no draft costs another slot its room. A draft without room is dropped; a slot without fails.
-    fn prepare(&mut self, plan: StepPlan, drafts: &mut [Draft], events: &mut Vec<Event>) -> StepPlan {
+    /// Makes room for the plan's rows: for the known tokens of every slot, the oldest request first, then for drafts
+    /// from what is left, so that no draft costs another slot its room. Where there is none for known tokens the youngest
+    /// request is parked, so the oldest always goes on; a draft is cut to the room that there is.
+    fn prepare(&mut self, mut plan: StepPlan, drafts: &mut [Draft], events: &mut Vec<Event>) -> StepPlan {
+        plan.lanes.sort_by_key(|lane| self.slots[lane.slot].as_ref().map(|active| active.born));
         let mut lanes = Vec::with_capacity(plan.lanes.len());
         for lane in plan.lanes {
-            let Some(active) = &self.slots[lane.slot] else { continue };
-            match self.target.memory.prepare(active.seq, lane.n_known, lane.n_known) {
-                Ok(()) => lanes.push(lane),
-                Err(error) => {
-                    let (request, stats) = (active.request, active.stats.clone());
-                    events.push(Event::Failed { request, error: RequestError::NoRoom(error), stats });
-                    self.retire(lane.slot);
+            while let Some(active) = &self.slots[lane.slot] {
+                let Err(error) = self.target.memory.prepare(active.seq, lane.n_known, lane.n_known) else {
+                    lanes.push(lane);
+                    break;
+                };
+                let others = self.slots.iter().flatten().filter(|other| other.request != active.request);
+                match others.map(|other| other.born).max() {
+                    Some(youngest) => {
+                        let youngest = youngest.max(active.born);
+                        let is_youngest = |a: &Option<Active>| a.as_ref().is_some_and(|a| a.born == youngest);
+                        let Some(slot) = self.slots.iter().position(is_youngest) else { break };
+                        self.park(slot);
+                    }
+                    None => {
+                        let (request, stats) = (active.request, active.stats.clone());
+                        events.push(Event::Failed { request, error: RequestError::NoRoom(error), stats });
+                        self.retire(lane.slot, true);
+                    }
                 }
             }
         }
         for lane in lanes.iter_mut().filter(|lane| lane.n_draft > 0) {
             let Some(active) = &self.slots[lane.slot] else { continue };
-            if self.target.memory.extend(active.seq, lane.n_draft).is_err() {
-                lane.n_draft = 0;
-                drafts[lane.slot] = Draft::default();
-            }
+            lane.n_draft = self.target.memory.extend(active.seq, lane.n_draft);
+            drafts[lane.slot].tokens.truncate(lane.n_draft);
         }
+        lanes.sort_by_key(|lane| lane.slot);
         StepPlan { lanes }
     }
 
@@ -515,13 +755,14 @@ impl Engine {
         self.target.exec.run(&step, &mut self.out);
     }
 
-    /// Verifies every lane, commits what is final in both memories, and emits. Returns the slots that are done.
+    /// Verifies every lane, commits what is final in both memories, and emits. Returns the slots that are done, and
+    /// whether what they computed can be built on.
     fn verify_and_commit(
         &mut self,
         plan: &StepPlan,
         drafts: &[Draft],
         events: &mut Vec<Event>,
-    ) -> Vec<usize> {
+    ) -> Vec<(usize, bool)> {
         let mut finished = Vec::new();
         let mut moved = Vec::with_capacity(plan.lanes.len());
         let (mut row, mut output) = (0, 0);
@@ -530,8 +771,8 @@ impl Engine {
             let first_row = row;
             row += lane.n_known + lane.n_draft;
             let first_position = active.n_computed;
-            let mut n_final = lane.n_known;
             let drafted_by = active.drafted_by.take();
+            let (mut n_final, mut is_wanted) = (lane.n_known, true);
             if lane.closes {
                 let logits = |i: usize| self.out.output_row(output + i);
                 let decided = decide(active, lane, &drafts[lane.slot], logits);
@@ -540,22 +781,24 @@ impl Engine {
                 self.counters.count(lane, &decided);
                 // An answer that ends inside a draft says nothing about the rest of it.
                 if decided.is_over {
-                    finished.push(lane.slot);
+                    finished.push((lane.slot, !decided.failed));
+                    // Drafters are told of rows that nobody goes on from only for the sake of a snapshot.
+                    is_wanted = !decided.failed && active.caches && self.config.cache.is_on();
                 } else if let Some(drafter) = drafted_by.filter(|_| lane.n_draft > 0) {
                     let (n_draft, n_accepted) = (lane.n_draft, decided.n_accepted);
                     active.outcome = Some(Outcome { drafter, n_draft, n_accepted });
                 }
                 events.extend(decided.events);
             } else {
-                events.push(Event::Prefill {
-                    request: active.request,
-                    n_computed: active.n_computed + lane.n_known,
-                    n_prompt: active.stats.n_prompt,
-                });
+                let (n_computed, n_prompt) = (active.n_computed + lane.n_known, active.stats.n_prompt);
+                if !active.is_decoding() && n_computed > active.n_told {
+                    active.n_told = n_computed;
+                    events.push(Event::Prefill { request: active.request, n_computed, n_prompt });
+                }
             }
             self.target.memory.commit(active.seq, n_final);
             active.n_computed += n_final;
-            if follows(active) && !finished.contains(&lane.slot) {
+            if follows(active) && is_wanted {
                 moved.push((lane.slot, first_position, first_row..first_row + n_final));
             }
         }
@@ -597,12 +840,107 @@ impl Engine {
         }
     }
 
-    fn retire(&mut self, slot: usize) {
+    /// Takes the request out of `slot`. What it computed stays in the cache, if that is wanted and it is sound.
+    fn retire(&mut self, slot: usize, is_sound: bool) {
         let Some(active) = self.slots[slot].take() else { return };
-        self.target.memory.free(active.seq);
-        for drafter in &mut self.drafters {
-            drafter.forget(active.seq);
+        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafters));
+        if is_sound && leaves_snapshot(&active, &self.config.cache) {
+            cache.keep(&active.tokens[..active.n_computed], active.seq, followers(&active), &mut stores);
         }
+        stores.forget(active.seq);
+        let mut tokens = active.tokens;
+        tokens.truncate(active.n_computed);
+        self.last[slot] = (tokens, self.counters.n_step);
+    }
+
+    /// Makes the request in `slot` wait again, first in the queue. Its snapshot may be dropped for others; then it is
+    /// computed again.
+    fn park(&mut self, slot: usize) {
+        let Some(mut active) = self.slots[slot].take() else { return };
+        // Its draft was never verified.
+        active.drafted_by = None;
+        let (cache, mut stores) = (&mut self.cache, stores(&mut self.target, &mut self.drafters));
+        if active.caches {
+            cache.keep(&active.tokens[..active.n_computed], active.seq, followers(&active), &mut stores);
+        }
+        stores.forget(active.seq);
+        cache.evict(&mut stores);
+        self.counters.n_parked += 1;
+        self.waiting.push_front(Waiting::Parked(Box::new(active)));
+    }
+
+    /// Takes a snapshot if the prompt in `slot` has come to where one is due.
+    fn keep_cuts(&mut self, slot: usize) {
+        let Some(active) = &mut self.slots[slot] else { return };
+        if active.reach_cuts() {
+            let mut stores = stores(&mut self.target, &mut self.drafters);
+            self.cache.keep(&active.tokens[..active.n_computed], active.seq, followers(active), &mut stores);
+        }
+    }
+
+    fn evict(&mut self) {
+        self.cache.evict(&mut stores(&mut self.target, &mut self.drafters));
+    }
+
+    /// A free slot.
+    fn idle_slot(&self, slot: usize) -> Result<usize, SaveError> {
+        match self.slots.get(slot) {
+            None => Err(SaveError::BadSlot { slot, n_slot: self.config.n_slot }),
+            Some(Some(_)) => Err(SaveError::Busy { slot }),
+            Some(None) => Ok(slot),
+        }
+    }
+
+    /// The contents of a file with what the last request of `slot` left: tokens, the target's memory, the drafter's.
+    pub fn save(&mut self, slot: usize) -> Result<Saved, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let tokens = &self.last[slot].0;
+        if tokens.is_empty() {
+            return Err(SaveError::Empty { slot, why: "it has served no request" });
+        }
+        let mut stores = stores(&mut self.target, &mut self.drafters);
+        let Some((n_token, target, drafters)) = self.cache.export(tokens, &mut stores) else {
+            let why = "what its last request computed is not in the prompt cache (any more)";
+            return Err(SaveError::Empty { slot, why });
+        };
+        let tokens = tokens[..n_token].to_vec();
+        let drafters = drafters.iter().map(|(name, part)| (*name, &part[..])).collect();
+        let file = SnapshotFile { tokens, target: &target, drafters };
+        Ok(Saved { bytes: file.write(self.config.pair), n_token })
+    }
+
+    /// Takes up the contents of such a file as what `slot` had last; any slot may go on with it. On error nothing has
+    /// changed.
+    pub fn restore(&mut self, slot: usize, bytes: &[u8]) -> Result<Restored, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let file = SnapshotFile::read(bytes, self.config.pair)?;
+        let (n_token, n_vocab) = (file.tokens.len(), self.target.n_vocab);
+        if file.tokens.iter().any(|&token| token as usize >= n_vocab) {
+            return Err(RestoreError::Damaged(format!("a token beyond the {n_vocab} that there are")).into());
+        }
+        let mut stores = stores(&mut self.target, &mut self.drafters);
+        let serves_drafts = self.cache.import(&file, &mut stores)?;
+        self.cache.evict(&mut stores);
+        self.last[slot] = (file.tokens, self.counters.n_step);
+        Ok(Restored { n_token, serves_drafts })
+    }
+
+    /// Forgets what the last request of `slot` left, and says how many tokens that were.
+    pub fn erase(&mut self, slot: usize) -> Result<usize, SaveError> {
+        let slot = self.idle_slot(slot)?;
+        let tokens = std::mem::take(&mut self.last[slot].0);
+        self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafters));
+        Ok(tokens.len())
+    }
+
+    /// Drops everything that is cached.
+    pub fn clear_cache(&mut self) {
+        self.cache.clear(&mut stores(&mut self.target, &mut self.drafters));
+    }
+
+    /// What is cached, and what that was good for.
+    pub fn cache_usage(&mut self) -> CacheUsage {
+        self.cache.usage(&stores(&mut self.target, &mut self.drafters))
     }
 
     fn count(&mut self, plan: &StepPlan) {
@@ -665,11 +1003,29 @@ impl Engine {
     }
 }
 
+fn stores<'a>(target: &'a mut Target, drafters: &'a mut [Box<dyn Drafter>]) -> Stores<'a> {
+    Stores { memory: &mut target.memory, drafters }
+}
+
+/// True if a snapshot is taken when the request ends.
+fn leaves_snapshot(active: &Active, cache: &CacheConfig) -> bool {
+    active.caches && cache.is_on() && cache.keeps_finished && active.n_computed > 0
+}
+
 /// What drafting costs here, as long as nothing is known.
 fn pace(drafters: &[Box<dyn Drafter>], config: &EngineConfig, has_clock: bool) -> Pace {
     let n_draft_max: Vec<usize> =
         drafters.iter().map(|drafter| drafter.n_draft_max().min(config.n_draft_max)).collect();
     Pace::new(&n_draft_max, has_clock)
+}
+
+/// The drafters that were given all rows of this request and may be asked for drafts.
+fn followers(active: &Active) -> Members {
+    if follows(active) {
+        Members::of(|i| active.chooser.is_alive(i), active.chooser.n_drafter())
+    } else {
+        Members::NONE
+    }
 }
 
 /// True if drafters follow this request: they were given all its rows and may be asked for drafts.

@@ -12,6 +12,8 @@ pub struct SlotView {
     pub slot: usize,
     /// Tokens known and not computed yet, at least 1.
     pub n_gap: usize,
+    /// Most of them that this step may compute, at least 1: a snapshot is taken behind them.
+    pub n_known_max: usize,
     /// Drafted tokens after them; only if `n_gap` is 1.
     pub n_draft: usize,
 }
@@ -56,7 +58,7 @@ pub fn plan(slots: &[SlotView], n_ubatch: usize) -> StepPlan {
             1
         } else {
             // An even share, and what earlier prompts left over.
-            let share = (budget / left.max(1)).max(1).min(view.n_gap);
+            let share = (budget / left.max(1)).max(1).min(view.n_gap).min(view.n_known_max);
             budget = budget.saturating_sub(share);
             left -= 1;
             share
@@ -74,13 +76,18 @@ mod tests {
 
     /// `(n_gap, n_draft)` of each slot -> `(n_known, n_draft, closes)` of each lane.
     fn check(slots: &[(usize, usize)], n_ubatch: usize, want: &[(usize, usize, bool)]) {
-        let views: Vec<SlotView> = slots
-            .iter()
-            .enumerate()
-            .map(|(slot, &(n_gap, n_draft))| SlotView { slot, n_gap, n_draft })
-            .collect();
+        let views = slots.iter().enumerate().map(|(slot, &(n_gap, n_draft))| SlotView {
+            slot,
+            n_gap,
+            n_known_max: n_gap,
+            n_draft,
+        });
+        check_views(&views.collect::<Vec<_>>(), n_ubatch, want);
+    }
+
+    fn check_views(views: &[SlotView], n_ubatch: usize, want: &[(usize, usize, bool)]) {
         let got: Vec<_> =
-            plan(&views, n_ubatch).lanes.iter().map(|l| (l.n_known, l.n_draft, l.closes)).collect();
+            plan(views, n_ubatch).lanes.iter().map(|l| (l.n_known, l.n_draft, l.closes)).collect();
         assert_eq!(got, want);
     }
 
@@ -100,6 +107,13 @@ mod tests {
     fn prompts_advance_while_others_decode() {
         check(&[(1, 15), (100, 0)], 16, &[(1, 15, true), (4, 0, false)]);
         check(&[(1, 3), (100, 0)], 64, &[(1, 3, true), (60, 0, false)]);
+    }
+
+    #[test]
+    fn a_prompt_stops_where_a_snapshot_is_due() {
+        let view = |slot, n_known_max| SlotView { slot, n_gap: 100, n_known_max, n_draft: 0 };
+        check_views(&[view(0, 7), view(1, 100)], 60, &[(7, 0, false), (53, 0, false)]);
+        check_views(&[view(0, 1)], 60, &[(1, 0, false)]);
     }
 
     #[test]

@@ -33,6 +33,11 @@ pub struct Request {
     pub n_draft_max: Option<usize>,
     /// The slot wanted, if it matters.
     pub slot: Option<usize>,
+    /// Begins with what the prompt cache has, and leaves snapshots in it.
+    pub cache_prompt: bool,
+    /// Prompt tokens before which a later prompt of the same conversation may go on differently, ascending: the last
+    /// user's message, the opening of the answer. Snapshots are taken there.
+    pub turns: Vec<usize>,
 }
 
 impl Request {
@@ -49,6 +54,8 @@ impl Request {
             show_special: false,
             n_draft_max: None,
             slot: None,
+            cache_prompt: true,
+            turns: Vec::new(),
         }
     }
 }

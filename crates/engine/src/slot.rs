@@ -46,7 +46,18 @@ pub struct SlotStatus {
 /// A request in its slot. Owns everything that the sequence has outside the two memories.
 pub(crate) struct Active {
     pub request: RequestId,
+    /// Gone while it waits.
     pub seq: SeqId,
+    /// Its number in the order of starts.
+    pub born: u64,
+    /// The slot that it asked for.
+    pub wanted: Option<usize>,
+    /// Begins with cached prefixes and leaves some.
+    pub caches: bool,
+    /// Numbers of tokens behind which a snapshot is due, the next one last.
+    pub cuts: Vec<usize>,
+    /// The most computed prompt tokens that were told.
+    pub n_told: usize,
     /// Prompt and answer; the last one is the anchor while decoding.
     pub tokens: Vec<Token>,
     /// Tokens whose rows are committed.
@@ -85,6 +96,11 @@ impl Active {
         Active {
             request: request.id,
             seq,
+            born: 0,
+            wanted: request.slot,
+            caches: request.cache_prompt,
+            cuts: Vec::new(),
+            n_told: 0,
             n_computed: 0,
             sampler,
             n_draft_max,
@@ -105,6 +121,18 @@ impl Active {
     /// Tokens known and not computed.
     pub fn n_gap(&self) -> usize {
         self.tokens.len() - self.n_computed
+    }
+
+    /// Known tokens that may be computed in one go.
+    pub fn n_known_max(&self) -> usize {
+        self.cuts.last().map_or(usize::MAX, |cut| cut - self.n_computed).min(self.n_gap())
+    }
+
+    /// Forgets the cuts that were reached, and says whether one was.
+    pub fn reach_cuts(&mut self) -> bool {
+        let n = self.cuts.len();
+        self.cuts.truncate(self.cuts.iter().take_while(|&&cut| cut > self.n_computed).count());
+        self.cuts.len() < n
     }
 
     /// True once the prompt is computed, so that the gap is the anchor alone.

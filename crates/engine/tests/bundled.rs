@@ -4,9 +4,10 @@
 use std::sync::Arc;
 
 use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
-use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Target};
+use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
+use paceline_sampling::TokenLogprobs;
 use paceline_spec::LoadDrafter;
 use paceline_text::Vocab;
 use serde_json::Value;
@@ -16,7 +17,7 @@ fn open(name: &str) -> Arc<Gguf> {
     Arc::new(Gguf::open(root.join("models/bundled").join(name)).unwrap())
 }
 
-fn engine(n_slot: usize) -> Engine {
+fn engine(n_slot: usize, cache: CacheConfig) -> Engine {
     let (target, drafter) = (open("target.gguf"), open("drafter.gguf"));
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
     let model = paceline_models::load(&target, &backend).unwrap();
@@ -37,7 +38,7 @@ fn engine(n_slot: usize) -> Engine {
     let exec = backend.compile(plan, &states).unwrap();
     let vocab = Arc::new(Vocab::from_metadata(target.metadata()).unwrap());
     let target = Target { exec, memory: Memory::new(states, 1 << 16), n_vocab: model.hparams().n_vocab };
-    let config = EngineConfig { n_slot, n_ctx: 1024, check_memory: true, ..EngineConfig::default() };
+    let config = EngineConfig { n_slot, n_ctx: 1024, cache, check_memory: true, ..EngineConfig::default() };
     Engine::new(target, Some(drafter), vocab, config)
 }
 
@@ -65,26 +66,59 @@ fn references() -> Vec<Reference> {
 
 /// Tokens and (verifies, tokens gained) of every reference prompt, all served by one engine.
 fn answers(n_slot: usize, references: &[Reference]) -> Vec<(Vec<u32>, usize, usize)> {
-    let mut engine = engine(n_slot);
-    for (i, r) in references.iter().enumerate() {
-        let mut request = Request::new(RequestId(i as u64), r.tokens[..r.n_prompt].to_vec());
+    let request = |r: &Reference| {
+        let mut request = Request::new(RequestId(0), r.tokens[..r.n_prompt].to_vec());
         request.sampling.temperature = 0.0;
         request.n_predict = Some(r.tokens.len() - r.n_prompt);
-        engine.submit(request).unwrap();
+        request
+    };
+    let mut engine = engine(n_slot, CacheConfig::OFF);
+    let answers = ask(&mut engine, references.iter().map(request).collect());
+    answers
+        .into_iter()
+        .map(|answer| (answer.tokens, answer.stats.n_verify, answer.stats.n_predicted))
+        .collect()
+}
+
+/// A finished answer.
+#[derive(Clone, Debug, Default)]
+struct Answer {
+    tokens: Vec<u32>,
+    logprobs: Vec<Option<TokenLogprobs>>,
+    stats: Stats,
+}
+
+impl Answer {
+    /// What must not depend on what was asked before: tokens, log probabilities, accept lengths.
+    fn essence(mut self) -> Answer {
+        self.stats.n_cached = 0;
+        self
     }
-    let mut answers = vec![(Vec::new(), 0, 0); references.len()];
+}
+
+impl PartialEq for Answer {
+    fn eq(&self, other: &Answer) -> bool {
+        (&self.tokens, &self.logprobs, &self.stats) == (&other.tokens, &other.logprobs, &other.stats)
+    }
+}
+
+/// The answers to requests that are all submitted at once.
+fn ask(engine: &mut Engine, requests: Vec<Request>) -> Vec<Answer> {
+    let mut answers = vec![Answer::default(); requests.len()];
+    for (i, request) in requests.into_iter().enumerate() {
+        engine.submit(Request { id: RequestId(i as u64), ..request }).unwrap();
+    }
     let mut events = Vec::new();
     while engine.has_work() {
         engine.step(&mut events);
         for event in events.drain(..) {
             match event {
                 Event::Tokens { request, tokens, .. } => {
-                    answers[request.0 as usize].0.extend(tokens.iter().map(|t| t.id));
-                }
-                Event::Done { request, stats, .. } => {
                     let answer = &mut answers[request.0 as usize];
-                    (answer.1, answer.2) = (stats.n_verify, stats.n_predicted);
+                    answer.tokens.extend(tokens.iter().map(|t| t.id));
+                    answer.logprobs.extend(tokens.into_iter().map(|t| t.logprobs));
                 }
+                Event::Done { request, stats, .. } => answers[request.0 as usize].stats = stats,
                 Event::Failed { error, .. } => panic!("{error}"),
                 _ => {}
             }
@@ -92,6 +126,66 @@ fn answers(n_slot: usize, references: &[Reference]) -> Vec<(Vec<u32>, usize, usi
     }
     assert_eq!(engine.usage().n_page, 0);
     answers
+}
+
+/// Chats as clients send them: the same again, the last message edited, shorter, longer, with the answer and another
+/// question behind it. Each is what it is in an engine that has seen nothing, and a part of most is not computed again.
+#[test]
+fn restored_is_fresh() {
+    let references = references();
+    let prompt = |i: usize| {
+        references[i % references.len()].tokens[..references[i % references.len()].n_prompt].to_vec()
+    };
+    let turn = |past: &[u32], more: &[u32]| {
+        let mut request = Request::new(RequestId(0), [past, more].concat());
+        request.sampling.temperature = if past.len().is_multiple_of(2) { 0.0 } else { 0.8 };
+        request.sampling.n_probs = 3;
+        request.n_predict = Some(24);
+        request.ignore_eos = true;
+        request.turns = vec![past.len()];
+        request
+    };
+    for n_slot in [1, 2, 4, 8] {
+        let mut warm = engine(n_slot, CacheConfig { n_step: 40, ..CacheConfig::default() });
+        let mut rounds: Vec<Vec<Request>> = Vec::new();
+        // Five times the same, in a row and side by side.
+        rounds.extend((0..3).map(|_| vec![turn(&[], &prompt(0))]));
+        rounds.push(vec![turn(&[], &prompt(0)), turn(&[], &prompt(0))]);
+        // A long past, and last messages that differ, each shorter than the one before.
+        let past: Vec<u32> = (0..8).flat_map(prompt).collect();
+        rounds.extend((0..3).map(|i| vec![turn(&past, &prompt(i)[..prompt(i).len() - i])]));
+        rounds.push((0..4).map(|i| turn(&past[..past.len() - 3 * i], &prompt(i))).collect());
+        let (mut n_cached, mut n_prompt) = (0, 0);
+        let mut last: Option<Request> = None;
+        for i in 0..rounds.len() + 3 {
+            let round = match rounds.get(i) {
+                Some(round) => round.clone(),
+                // The next turn: with the answer, a question behind it, and the drafter off in the end.
+                None => {
+                    let before = last.take().unwrap();
+                    let answer = ask(&mut engine(1, CacheConfig::OFF), vec![before.clone()]).remove(0);
+                    let past = [&before.prompt[..], &answer.tokens[..]].concat();
+                    let n_draft_max = (i + 1 == rounds.len() + 3).then_some(0);
+                    vec![Request { n_draft_max, ..turn(&past, &prompt(i)) }]
+                }
+            };
+            last = round.first().cloned();
+            let got = ask(&mut warm, round.clone());
+            for (got, request) in got.into_iter().zip(round) {
+                n_cached += got.stats.n_cached;
+                n_prompt += got.stats.n_prompt;
+                let want = ask(&mut engine(1, CacheConfig::OFF), vec![request]).remove(0);
+                assert!(got.clone().essence() == want, "{n_slot} slots, round {i}: {got:?} is not {want:?}");
+            }
+        }
+        assert!(n_cached * 2 > n_prompt, "{n_slot} slots: {n_cached} of {n_prompt} tokens were cached");
+        let cached = warm.cache_usage();
+        assert!(cached.n_snapshot > 0 && cached.bytes > 0, "{cached:?}");
+        warm.clear_cache();
+        let usage = warm.usage();
+        assert_eq!((usage.n_page, usage.n_page_resting, usage.bytes + usage.bytes_resting), (0, 0, 0));
+        assert_eq!(warm.drafters()[0].state_bytes(), 0);
+    }
 }
 
 #[test]

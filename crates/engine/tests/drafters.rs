@@ -5,7 +5,9 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
-use paceline_engine::{Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut};
+use paceline_engine::{
+    CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut,
+};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_models::Model;
@@ -53,6 +55,10 @@ impl Pair {
     }
 
     fn engine(&self, drafters: &[&str], n_slot: usize, plans: bool) -> Engine {
+        self.caching(drafters, n_slot, plans, CacheConfig::default())
+    }
+
+    fn caching(&self, drafters: &[&str], n_slot: usize, plans: bool, cache: CacheConfig) -> Engine {
         let drafters: Vec<Box<dyn Drafter>> = drafters.iter().map(|name| self.drafter(name)).collect();
         let taps = TapUnion::of(&drafters);
         let mut p = PlanBuilder::new(taps.taps());
@@ -66,6 +72,7 @@ impl Pair {
             n_ctx: 256,
             n_ubatch: 24,
             n_draft_max: 5,
+            cache,
             check_memory: true,
             ..EngineConfig::default()
         };
@@ -105,7 +112,7 @@ impl Pair {
 
 /// Serves all, cancelling some; tokens and figures of each.
 fn serve(
-    mut engine: Engine,
+    engine: &mut Engine,
     requests: &[Request],
     cancels: &[(usize, RequestId)],
 ) -> HashMap<RequestId, (Vec<TokenOut>, Stats)> {
@@ -130,10 +137,17 @@ fn serve(
         }
     }
     assert_eq!(engine.usage().n_page, 0);
+    answers
+}
+
+/// Nothing is left of anybody.
+fn check_end(mut engine: Engine) {
+    engine.clear_cache();
+    let usage = engine.usage();
+    assert_eq!((usage.n_page, usage.n_page_resting, usage.bytes + usage.bytes_resting), (0, 0, 0));
     for drafter in engine.drafters() {
         assert_eq!(drafter.state_bytes(), 0, "{} forgot everybody", drafter.name());
     }
-    answers
 }
 
 /// `(drafted, accepted)` of all answers that were not cancelled.
@@ -143,11 +157,13 @@ fn check(pair: &Pair, drafters: &[&str], plans: bool) -> (usize, usize) {
         let seed = n_slot as u64;
         let _seeded = Seeded::new("drafters on tiny models", seed);
         let requests = pair.requests(12, seed);
-        let plain = serve(pair.engine(&[], 1, false), &requests, &[]);
+        let plain = serve(&mut pair.engine(&[], 1, false), &requests, &[]);
         let mut rng = Rng::new(seed);
         let cancels: Vec<_> =
             (0..3).map(|_| (rng.range(0..30), RequestId(rng.range(0..12) as u64))).collect();
-        let drafted = serve(pair.engine(drafters, n_slot, plans), &requests, &cancels);
+        let mut engine = pair.engine(drafters, n_slot, plans);
+        let drafted = serve(&mut engine, &requests, &cancels);
+        check_end(engine);
         for (id, (tokens, stats)) in &drafted {
             let want = &plain[id].0;
             let bits = |tokens: &[TokenOut]| -> Vec<_> {
@@ -211,4 +227,76 @@ fn several_at_once() {
     // The one that is right is found.
     assert!(n_accepted * 2 > n_draft, "{n_accepted} of {n_draft}");
     check(&pair, &["draft-mtp", "ngram-simple", "draft"], true);
+}
+
+/// Chats that go on, are asked again and are edited: whoever begins with what is cached gets the tokens, the log
+/// probabilities and the accept lengths of a cold start; so does who begins with a slot's file in another engine.
+#[test]
+fn a_cached_prefix_drafts_as_a_cold_start() {
+    let files = [("draft", "qwen35-mtp"), ("dflash", "dflash")];
+    let (hybrid, dense) = (Pair::new("qwen35-mtp", &files[..1]), Pair::new("llama", &[("draft", "llama")]));
+    let dflash = Pair::new("qwen35", &files[1..]);
+    let lists: [(&Pair, &[&str]); 9] = [
+        (&hybrid, &["draft-mtp"]),
+        (&hybrid, &["ngram-simple"]),
+        (&hybrid, &["draft"]),
+        (&hybrid, &["draft-mtp", "ngram-simple", "draft"]),
+        (&dense, &["ngram-simple"]),
+        (&dense, &["draft"]),
+        (&dense, &["draft", "ngram-simple"]),
+        (&dflash, &["dflash"]),
+        (&dflash, &["dflash", "ngram-simple"]),
+    ];
+    for (pair, drafters) in lists {
+        let new = |cache| pair.caching(drafters, 2, false, cache);
+        let cold = |request: &Request| {
+            serve(&mut new(CacheConfig::OFF), std::slice::from_ref(request), &[]).remove(&request.id).unwrap()
+        };
+        let check = |got: (Vec<TokenOut>, Stats), request: &Request| {
+            let (tokens, stats) = cold(request);
+            let bits = |tokens: &[TokenOut]| -> Vec<_> {
+                tokens.iter().map(|t| (t.id, t.logprobs.clone())).collect()
+            };
+            assert_eq!(bits(&got.0), bits(&tokens), "{drafters:?}, {:?}", request.id);
+            if drafters.len() > 1 {
+                // Who is asked depends on how drafters did before, in other requests too.
+                return;
+            }
+            assert_eq!(Stats { n_cached: 0, ..got.1 }, stats, "{drafters:?}, {:?}", request.id);
+        };
+        let (mut warm, mut n_cached) = (new(CacheConfig { n_step: 16, ..CacheConfig::default() }), 0);
+        let mut rng = Rng::new(11);
+        for first in pair.requests(6, 5) {
+            let mut request = Request { n_predict: Some(20), ..first };
+            for _ in 0..4 {
+                let got = serve(&mut warm, std::slice::from_ref(&request), &[]).remove(&request.id).unwrap();
+                n_cached += usize::from(got.1.n_cached > 0);
+                let answer: Vec<u32> = got.0.iter().map(|t| t.id).collect();
+                check(got, &request);
+                match rng.range(0..3) {
+                    // Asked again.
+                    0 => {}
+                    // Its last words changed.
+                    1 => *request.prompt.last_mut().unwrap() = 3,
+                    // The next turn.
+                    _ => {
+                        request.prompt = [&request.prompt[..], &answer, &[5, 6, 7]].concat();
+                        request.turns = vec![request.prompt.len() - 3];
+                    }
+                }
+            }
+            let saved = (0..2).find_map(|slot| warm.save(slot).ok()).unwrap();
+            let mut other = new(CacheConfig::default());
+            let restored = other.restore(0, &saved.bytes).unwrap();
+            assert!(restored.serves_drafts, "{drafters:?}");
+            assert_eq!(other.save(0).unwrap(), saved, "nothing is lost on the way");
+            // Another seed, so another answer.
+            request.sampling.seed += 1;
+            let got = serve(&mut other, std::slice::from_ref(&request), &[]).remove(&request.id).unwrap();
+            check(got, &request);
+            check_end(other);
+        }
+        assert!(n_cached > 8, "{drafters:?}: {n_cached} of 24 began with something cached");
+        check_end(warm);
+    }
 }

@@ -103,6 +103,19 @@ impl Drafter for Helped {
         self.inner.commit(kept);
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let can = self.inner.fork(from, to, len);
+        if can {
+            let tokens = self.committed[&from][..len].to_vec();
+            self.committed.insert(to, tokens);
+        }
+        can
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.inner.forks_anywhere()
+    }
+
     fn forget(&mut self, seq: SeqId) {
         self.committed.remove(&seq);
         self.inner.forget(seq);

@@ -5,10 +5,10 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use paceline_engine::{Finish, Request, RequestError, RequestId, SpeculationNote};
+use paceline_engine::{CacheConfig, Finish, Request, RequestError, RequestId, SpeculationNote};
 use paceline_sampling::SamplingParams;
 use paceline_spec::Ngram;
-use paceline_testkit::{Accept, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
+use paceline_testkit::{Accept, Forks, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
 use world::{Prices, Sizes, World, watched};
 
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz \n.";
@@ -56,7 +56,7 @@ fn sampling(rng: &mut Rng) -> SamplingParams {
 fn request(rng: &mut Rng, id: u64, prompt: Vec<Token>, n_slot: usize) -> Request {
     let mut request = Request::new(RequestId(id), prompt);
     request.sampling = sampling(rng);
-    request.n_predict = rng.chance(0.8).then(|| rng.range(1..40));
+    request.n_predict = rng.chance(0.6).then(|| rng.range(1..40));
     if rng.chance(0.4) {
         let words = ["e", "th", "ab", ". ", "é", "€", "the", "\n", "zq", "xyzzy"];
         request.stop = (0..rng.range(1..4)).map(|_| (*rng.pick(&words)).to_owned()).collect();
@@ -65,12 +65,28 @@ fn request(rng: &mut Rng, id: u64, prompt: Vec<Token>, n_slot: usize) -> Request
     request.show_special = rng.chance(0.2);
     request.n_draft_max = rng.chance(0.4).then(|| rng.range(0..16));
     request.slot = rng.chance(0.2).then(|| rng.range(0..n_slot));
+    request.cache_prompt = rng.chance(0.9);
+    if rng.chance(0.5) {
+        request.turns = (0..rng.range(1..4)).map(|_| rng.range(0..request.prompt.len() + 2)).collect();
+        request.turns.sort_unstable();
+    }
     request
+}
+
+/// Budgets from nothing to no limit: pages of these models have some hundred bytes.
+fn cache(rng: &mut Rng) -> CacheConfig {
+    CacheConfig {
+        n_byte_max: *rng.pick(&[0, 300, 2000, 10_000, usize::MAX, usize::MAX]),
+        n_step: *rng.pick(&[0, 1, 16, 50]),
+        n_step_max: rng.range(0..6),
+        keeps_finished: rng.chance(0.8),
+    }
 }
 
 fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
     let (model, seed, n_max) = (model.clone(), rng.bits(), rng.range(1..16));
-    Some(match rng.range(0..8) {
+    let forks = *rng.pick(&[Forks::Anywhere, Forks::Anywhere, Forks::Whole, Forks::Never]);
+    let drafter = match rng.range(0..8) {
         0 => return None,
         1 => oracle(model, n_max, Accept::All, seed),
         2 => oracle(model, n_max, Accept::Exactly(rng.range(0..4)), seed),
@@ -78,7 +94,8 @@ fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
         5 => liar(model, n_max, &Lie::ALL, seed),
         6 => liar(model, n_max, &[Lie::Random, Lie::Unlikely, Lie::Repeat, Lie::Empty], seed),
         _ => liar(model, n_max, &[Lie::TooMany, Lie::BadQ, Lie::SharedNoise], seed),
-    })
+    };
+    Some(drafter.forking(forks))
 }
 
 /// Runs one life; adds what happened in it to `seen`.
@@ -94,8 +111,10 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         n_ubatch: rng.range(1..65),
         n_draft_max: rng.range(0..16),
         page_len: *rng.pick(&[1, 4, 16, 64]),
-        n_cell_max: if rng.chance(0.3) { rng.range(n_ctx / 2..n_ctx * 2) } else { 1 << 20 },
+        n_cell_max: if rng.chance(0.4) { rng.range(n_ctx / 3..n_ctx) } else { 1 << 20 },
+        cache: cache(&mut rng),
     };
+    let n_ctx = sizes.n_ctx_of(&model);
     let n_drafter = *rng.pick(&[1, 1, 2, 3]);
     let mut drafters: Vec<_> = (0..n_drafter).filter_map(|_| drafter(&mut rng, &model)).collect::<Vec<_>>();
     let mut watchful: Vec<_> = drafters.drain(..).map(|drafter| watched(&model, drafter)).collect();
@@ -118,6 +137,16 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
             Some((_, last)) if rng.chance(0.3) => last.prompt.clone(),
             _ => prompt(&mut rng, 200.min(n_ctx - 1), model.nan_token),
         };
+        // Or its beginning and then something else.
+        let prompt = match arrivals.last() {
+            Some((_, last)) if rng.chance(0.3) => {
+                let mut edited = last.prompt[..rng.range(0..last.prompt.len() + 1)].to_vec();
+                edited.extend(&prompt[..rng.range(1..prompt.len() + 1)]);
+                edited.truncate(n_ctx - 1);
+                edited
+            }
+            _ => prompt,
+        };
         let mut request = request(&mut rng, id, prompt, sizes.n_slot);
         if let Some((_, last)) = arrivals.last().filter(|_| rng.chance(0.2)) {
             request = Request { id: request.id, ..last.clone() };
@@ -133,7 +162,15 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
     }
     let mut arrivals = arrivals.into_iter().peekable();
     while world.engine.has_work() || arrivals.peek().is_some() {
-        while let Some((_, request)) = arrivals.next_if(|(step, _)| *step <= world.n_step) {
+        while let Some((_, mut request)) = arrivals.next_if(|(step, _)| *step <= world.n_step) {
+            // Another turn of a conversation, its answer so far included.
+            let earlier: Vec<RequestId> = world.requests.keys().copied().collect();
+            if let Some(id) = earlier.iter().min().filter(|_| rng.chance(0.3)) {
+                let mut prompt = [&world.requests[id].prompt[..], &world.told[id].ids()].concat();
+                prompt.extend(&request.prompt[..request.prompt.len().min(5)]);
+                prompt.truncate(n_ctx - 1);
+                request.prompt = prompt;
+            }
             world.submit(request).expect("a valid request");
         }
         for &(step, id) in &cancels {
@@ -143,6 +180,9 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         }
         world.step();
     }
+    let (parked, evicted) = (world.engine.counters().n_parked, world.engine.cache_usage().n_evicted);
+    *seen.entry("parked").or_default() += parked as usize;
+    *seen.entry("evicted").or_default() += evicted as usize;
     world.check();
     for told in world.told.values() {
         let end = match &told.end {
@@ -152,13 +192,16 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
             Some(Ok(Finish::Limit)) => "limit",
             Some(Ok(Finish::Context)) => "context",
             Some(Err(RequestError::Logits { .. })) => "unusable logits",
-            Some(Err(RequestError::NoRoom(_))) => "no room",
+            Some(Err(RequestError::NoRoom(error))) => panic!("{error}"),
         };
         *seen.entry(end).or_default() += 1;
         if told.tokens.last().is_some_and(|t| t.drafted) && matches!(told.end, Some(Ok(_))) {
             *seen.entry("the end was drafted").or_default() += 1;
         }
-        if told.n_prefill > 0 {
+        if told.n_cached > 0 {
+            *seen.entry("a cached prefix").or_default() += 1;
+        }
+        if told.n_prefill > told.n_cached {
             *seen.entry("prompt in chunks").or_default() += 1;
         }
         if matches!(told.stats.speculation, SpeculationNote::Faulted(_)) {
@@ -176,6 +219,6 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
 fn every_request_gets_what_it_gets_alone() {
     let mut seen = BTreeMap::new();
     (0..1200).for_each(|seed| simulate(seed, &mut seen));
-    assert_eq!(seen.len(), 13, "{seen:?}");
+    assert_eq!(seen.len(), 15, "{seen:?}");
     assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
 }

@@ -48,6 +48,33 @@ impl World {
         seq
     }
 
+    /// A fork with the first tokens, where such a fork can be made.
+    fn fork_prefix(&mut self, at: usize, len: usize) {
+        let (seq, tokens) = &self.truth[at];
+        let can = len == tokens.len() || (len < tokens.len() && self.model.kind == HashKind::Attention);
+        let tokens = tokens[..len.min(tokens.len())].to_vec();
+        let fork = self.memory.fork_prefix(*seq, len);
+        assert_eq!(fork.is_some(), can, "{len} of {} tokens, {:?}", tokens.len(), self.model.kind);
+        self.truth.extend(fork.map(|fork| (fork, tokens)));
+    }
+
+    /// Another sequence with the same past, by way of bytes; false imports leave nothing.
+    fn reload(&mut self, at: usize, rng: &mut Rng) {
+        let (seq, tokens) = self.truth[at].clone();
+        let fork = self.memory.fork(seq);
+        let mut bytes = Vec::new();
+        self.memory.export(fork, &mut bytes);
+        self.memory.free(fork);
+        let (usage, n_page) = (self.memory.usage(), self.states.n_page());
+        let n = rng.range(0..bytes.len());
+        self.memory.import(&bytes[..n]).expect_err("a part of it");
+        self.memory.import(&[&bytes[..], &[0]].concat()).expect_err("more than it");
+        assert_eq!((self.memory.usage(), self.states.n_page()), (usage, n_page), "a refused import");
+        let seq = self.memory.import(&bytes).expect("what was exported");
+        assert_eq!(self.memory.len(seq), tokens.len());
+        self.truth.push((seq, tokens));
+    }
+
     fn free(&mut self, at: usize) {
         let (seq, _) = self.truth.swap_remove(at);
         self.memory.free(seq);
@@ -62,21 +89,16 @@ impl World {
             let before = (self.memory.usage(), self.memory.len(seq), self.states.traffic());
             // In one go or in two, as an engine does for known tokens and drafts.
             let n_first = if lane.0 % 2 == 0 { lane.1.len() } else { lane.2.max(1) };
-            let mut room = self.memory.prepare(seq, n_first, lane.2);
-            if room.is_ok() && n_first < lane.1.len() {
-                let before = (self.memory.usage(), self.states.traffic());
-                room = self.memory.extend(seq, lane.1.len() - n_first);
-                if room.is_err() {
-                    assert_eq!((self.memory.usage(), self.states.traffic()), before, "a refused draft");
-                    self.memory.check();
-                    n_cut += 1;
-                    let cut = lane.3.min(n_first);
-                    ran.push((lane.0, lane.1[..n_first].to_vec(), lane.2, cut));
-                    continue;
+            match self.memory.prepare(seq, n_first, lane.2) {
+                Ok(()) => {
+                    let n_more = lane.1.len() - n_first;
+                    let n_row = n_first + self.memory.extend(seq, n_more);
+                    if n_row < lane.1.len() {
+                        assert_eq!(self.memory.n_page_free(), 0, "a draft is cut only where no page is left");
+                        n_cut += 1;
+                    }
+                    ran.push((lane.0, lane.1[..n_row].to_vec(), lane.2, lane.3.min(n_row)));
                 }
-            }
-            match room {
-                Ok(()) => ran.push(lane.clone()),
                 Err(error) => {
                     assert!(error.needed > error.free && error.free <= error.total, "{error}");
                     let after = (self.memory.usage(), self.memory.len(seq), self.states.traffic());
@@ -128,7 +150,14 @@ impl World {
 
     fn balanced(&self) {
         let traffic = self.states.traffic();
-        assert_eq!(self.states.n_page(), self.memory.usage().n_page, "pages with storage are those in use");
+        let usage = self.memory.usage();
+        assert_eq!(
+            self.states.n_page(),
+            usage.n_page + usage.n_page_resting,
+            "pages with storage are those in use"
+        );
+        let bytes: usize = self.truth.iter().map(|&(seq, _)| self.memory.bytes_alone(seq)).sum();
+        assert!(bytes <= usage.bytes + usage.bytes_resting, "what each has alone is part of all");
         assert_eq!(traffic.n_alloc - traffic.n_release, self.states.n_page());
     }
 }
@@ -149,11 +178,17 @@ fn live(seed: u64) {
                 assert!(world.memory.is_empty(seq));
             }
             1 if (1..6).contains(&n_seq) => {
-                let n_page = world.states.n_page();
-                world.fork(rng.range(0..n_seq));
+                let (n_page, usage) = (world.states.n_page(), world.memory.usage());
+                let at = rng.range(0..n_seq);
+                match rng.chance(0.5) {
+                    true => _ = world.fork(at),
+                    false => world.fork_prefix(at, rng.range(0..world.truth[at].1.len() + 2)),
+                }
                 assert_eq!(world.states.n_page(), n_page, "a fork takes no page");
+                assert_eq!(world.memory.usage().n_page, usage.n_page, "and counts for none until it wakes");
             }
             2 if n_seq > 0 => world.free(rng.range(0..n_seq)),
+            4 if (1..6).contains(&n_seq) && rng.chance(0.5) => world.reload(rng.range(0..n_seq), &mut rng),
             3 if n_seq > 0 && kind == HashKind::Attention => {
                 let at = rng.range(0..n_seq);
                 let (seq, known) = &mut world.truth[at];
@@ -177,7 +212,8 @@ fn live(seed: u64) {
         }
         world.memory.check();
         world.balanced();
-        assert_eq!(world.memory.usage().n_seq, world.truth.len());
+        let usage = world.memory.usage();
+        assert_eq!(usage.n_seq + usage.n_resting, world.truth.len());
         assert!(world.memory.usage().n_page <= world.memory.usage().n_page_max);
     }
     assert!(n_refused == 0 || n_cell_max < 80, "room enough, and {n_refused} steps were refused");
@@ -188,6 +224,8 @@ fn live(seed: u64) {
     world.balanced();
     let usage = world.memory.usage();
     assert_eq!((usage.n_seq, usage.n_page, usage.bytes), (0, 0, 0), "nothing stays in use");
+    assert_eq!((usage.n_resting, usage.n_page_resting, usage.bytes_resting), (0, 0, 0), "and nothing rests");
+    assert_eq!(world.states.n_saved(), 0);
 }
 
 #[test]

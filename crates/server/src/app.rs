@@ -29,7 +29,7 @@ use crate::{
     fields::Fields,
     native, openai_chat, openai_completions,
     runner::{EngineFactory, Runner},
-    status, text_tools,
+    slot_files, status, text_tools,
 };
 
 /// A request's body, or why there is none.
@@ -139,7 +139,7 @@ impl Server {
             .route("/v1/models", get(status::models))
             .route("/props", get(status::props).post(status::change_props))
             .route("/slots", get(status::slots))
-            .route("/slots/{id}", post(status::slot_action))
+            .route("/slots/{id}", post(slot_files::slot_action))
             .route("/metrics", get(status::metrics))
             .route("/completion", post(native::completion))
             .route("/completions", post(native::completion))

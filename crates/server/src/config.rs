@@ -1,6 +1,6 @@
 //! What the command line tells the server, and what it needs to know of the model.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use paceline_sampling::SamplingParams;
 use paceline_text::{ChatTemplate, ReasoningFormat, Tokenizer};
@@ -43,6 +43,10 @@ pub struct ServerConfig {
     pub chat_template_kwargs: Map<String, Value>,
     /// Most tokens of an answer, unless a request says otherwise; none means until the context is full.
     pub n_predict: Option<usize>,
+    /// Whether prompts begin with what is cached, unless a request says otherwise.
+    pub cache_prompt: bool,
+    /// Folder for files of slots; none means that they can't be saved.
+    pub slot_save_path: Option<PathBuf>,
 }
 
 impl Default for ServerConfig {
@@ -59,6 +63,8 @@ impl Default for ServerConfig {
             reasoning_format: ReasoningFormat::Auto,
             chat_template_kwargs: Map::new(),
             n_predict: None,
+            cache_prompt: true,
+            slot_save_path: None,
         }
     }
 }

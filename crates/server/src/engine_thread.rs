@@ -19,9 +19,10 @@ use serde_json::Value;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
+    error::ApiError,
     runner::{
         Command, DrafterStatus, Ending, EngineFactory, EngineStatus, Events, Failure, Health, Progress,
-        Refusal, SlotLook, Submission, Totals, guarded, panic_text,
+        Refusal, SlotAction, SlotLook, SlotOutcome, Submission, Totals, guarded, panic_text,
     },
     timings::Timings,
 };
@@ -133,6 +134,24 @@ impl EngineThread {
             Command::Submit(submission) => self.submit(*submission),
             Command::Status(reply) => {
                 let _ = reply.send(Box::new(self.status()));
+            }
+            Command::Slot(slot, action, reply) => {
+                let acted = self.guard(|engine, _| match action {
+                    SlotAction::Save => engine.save(slot).map(SlotOutcome::Saved),
+                    SlotAction::Restore(bytes) => engine.restore(slot, &bytes).map(SlotOutcome::Restored),
+                    SlotAction::Erase => engine.erase(slot).map(SlotOutcome::Erased),
+                });
+                match acted {
+                    Ok(outcome) => {
+                        let _ = reply.send(outcome.map_err(ApiError::from));
+                    }
+                    Err(reason) => {
+                        let _ = reply.send(Err(Refusal::Down(reason.clone()).into()));
+                        if self.engine.is_some() {
+                            self.restart(reason);
+                        }
+                    }
+                }
             }
             Command::Drain => {
                 self.draining = true;
@@ -363,7 +382,8 @@ impl EngineThread {
     fn status(&mut self) -> EngineStatus {
         let mut status =
             EngineStatus { counters: self.past.clone(), totals: self.totals.clone(), ..Default::default() };
-        if let Some(engine) = &self.engine {
+        if let Some(engine) = &mut self.engine {
+            status.cache = engine.cache_usage();
             add(&mut status.counters, engine.counters());
             status.n_waiting = engine.n_waiting();
             let look = |status: SlotStatus| {
@@ -378,10 +398,11 @@ impl EngineThread {
             let usage = engine.usage();
             (status.memory_bytes, status.n_page, status.n_page_max) =
                 (usage.bytes, usage.n_page, usage.n_page_max);
-            let names: Vec<&str> = engine.drafters().iter().map(|drafter| drafter.name()).collect();
-            let state_bytes = engine.drafters().iter().map(|drafter| drafter.state_bytes()).sum();
-            status.drafter =
-                (!names.is_empty()).then(|| DrafterStatus { name: names.join(","), state_bytes });
+            let drafters = engine.drafters();
+            let names: Vec<&str> = drafters.iter().map(|drafter| drafter.name()).collect();
+            let awake = drafters.iter().map(|drafter| drafter.state_bytes() - drafter.resting_bytes());
+            status.drafter = (!names.is_empty())
+                .then(|| DrafterStatus { name: names.join(","), state_bytes: awake.sum() });
         }
         status
     }
@@ -432,6 +453,7 @@ fn add(sum: &mut Counters, more: &Counters) {
     }
     sum.n_bad_logits += more.n_bad_logits;
     sum.n_bad_drafts += more.n_bad_drafts;
+    sum.n_parked += more.n_parked;
     sum.times.draft += more.times.draft;
     sum.times.verify += more.times.verify;
     sum.times.commit += more.times.commit;

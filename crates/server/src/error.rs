@@ -10,7 +10,7 @@ use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use paceline_engine::{RequestError, SubmitError};
+use paceline_engine::{RequestError, SaveError, SubmitError};
 use serde_json::{Map, Value, json};
 
 use crate::runner::{Failure, Refusal};
@@ -92,6 +92,11 @@ impl ApiError {
         ApiError::new(Kind::Server, message)
     }
 
+    /// The same with the name of what it is about before it.
+    pub(crate) fn about(self, name: &str) -> ApiError {
+        ApiError { message: format!("{name}: {}", self.message), ..self }
+    }
+
     /// 503: nothing is wrong with the request, only with the moment.
     pub(crate) fn unavailable(message: impl Into<String>, retry_after: u32) -> ApiError {
         ApiError { retry_after: Some(retry_after), ..ApiError::new(Kind::Unavailable, message) }
@@ -136,6 +141,15 @@ impl From<SubmitError> for ApiError {
             | SubmitError::BadToken { .. }
             | SubmitError::BadSlot { .. }
             | SubmitError::Sampling(_) => ApiError::invalid(message),
+        }
+    }
+}
+
+impl From<SaveError> for ApiError {
+    fn from(error: SaveError) -> ApiError {
+        match error {
+            SaveError::Busy { .. } => ApiError::unavailable(error.to_string(), 1),
+            _ => ApiError::invalid(error.to_string()),
         }
     }
 }

@@ -32,6 +32,7 @@ mod params;
 mod prompt;
 mod random;
 mod runner;
+mod slot_files;
 mod sse;
 mod status;
 mod text_tools;

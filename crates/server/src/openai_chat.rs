@@ -72,10 +72,22 @@ fn parse(app: &App, body: &Value) -> Result<ChatAsk, ApiError> {
             name.parse().map_err(|e: String| ApiError::invalid(format!("`reasoning_format`: {e}")))?
         }
     };
-    let text = render(&fields, app)?;
+    let rendered = render(&fields, app)?;
     let options = Encode { add_bos: true, parse_special: true };
-    let in_thought = prompt_ends_in_think(&text);
-    Ok(ChatAsk { params, prompt: app.model.tokenizer.encode(&text, options), format, in_thought, n_top })
+    let encode = |text: &str| app.model.tokenizer.encode(text, options);
+    let in_thought = prompt_ends_in_think(&rendered.text);
+    let prompt = encode(&rendered.text);
+    if params.cache_prompt {
+        // A token across a border belongs to neither side.
+        let turn = |&n_byte: &usize| common(&encode(&rendered.text[..n_byte]), &prompt);
+        params.turns = rendered.borders.iter().map(turn).collect();
+    }
+    Ok(ChatAsk { params, prompt, format, in_thought, n_top })
+}
+
+/// How many items both begin with.
+fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 fn logprobs(fields: &Fields<'_>) -> Result<Option<usize>, ApiError> {
@@ -107,8 +119,16 @@ pub(crate) fn refuse_formats(fields: &Fields<'_>) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// The prompt of a chat.
+pub(crate) struct Rendered {
+    pub text: String,
+    /// Bytes of it that other prompts of the conversation begin with, ascending: all before the last message of the user,
+    /// which may be edited, and all before the opening of the answer, which later turns may render differently.
+    borders: Vec<usize>,
+}
+
 /// The prompt of a chat, template applied.
-pub(crate) fn render(fields: &Fields<'_>, app: &App) -> Result<String, ApiError> {
+pub(crate) fn render(fields: &Fields<'_>, app: &App) -> Result<Rendered, ApiError> {
     let mut messages = messages(fields)?;
     let tools = tools(fields)?;
     let mut kwargs = app.config.chat_template_kwargs.clone();
@@ -131,13 +151,23 @@ pub(crate) fn render(fields: &Fields<'_>, app: &App) -> Result<String, ApiError>
         // The answer has begun, so the time for thoughts is over.
         kwargs.insert("enable_thinking".into(), false.into());
     }
-    let request = RenderRequest {
-        messages: &Value::Array(messages),
-        tools: tools.as_ref(),
-        add_generation_prompt: add_generation_prompt.unwrap_or(true) || prefill.is_some(),
-        kwargs: &kwargs,
+    let render = |messages: &[Value], add_generation_prompt: bool| {
+        let messages = &Value::Array(messages.to_vec());
+        let request =
+            RenderRequest { messages, tools: tools.as_ref(), add_generation_prompt, kwargs: &kwargs };
+        app.model.chat_template.render(&request)
     };
-    let mut text = app.model.chat_template.render(&request).map_err(|e| ApiError::invalid(e.to_string()))?;
+    let opens_answer = add_generation_prompt.unwrap_or(true) || prefill.is_some();
+    let mut text = render(&messages, opens_answer).map_err(|e| ApiError::invalid(e.to_string()))?;
+    let last_user = messages.iter().rposition(|message| message["role"] == "user").unwrap_or(0);
+    let stems = [&messages[..last_user], &messages[..]];
+    // A template may refuse to render a part; then there is no border.
+    let stems = stems.into_iter().filter(|stem| !stem.is_empty()).filter_map(|stem| render(stem, false).ok());
+    let border = |stem: String| {
+        let n_byte = common(stem.as_bytes(), text.as_bytes());
+        (0..=n_byte).rev().find(|&n| text.is_char_boundary(n)).unwrap_or(0)
+    };
+    let borders = stems.map(border).collect();
     if let Some(prefill) = prefill {
         if prompt_ends_in_think(&text) {
             return Err(ApiError::invalid(
@@ -147,7 +177,7 @@ pub(crate) fn render(fields: &Fields<'_>, app: &App) -> Result<String, ApiError>
         }
         text.push_str(&content_text(&prefill));
     }
-    Ok(text)
+    Ok(Rendered { text, borders })
 }
 
 fn messages(fields: &Fields<'_>) -> Result<Vec<Value>, ApiError> {

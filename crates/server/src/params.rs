@@ -30,6 +30,9 @@ pub(crate) struct Params {
     pub ignore_eos: bool,
     pub n_draft_max: Option<usize>,
     pub slot: Option<usize>,
+    pub cache_prompt: bool,
+    /// Prompt tokens before which a later turn may go on differently.
+    pub turns: Vec<usize>,
     /// Answers per prompt.
     pub n: usize,
     pub stream: bool,
@@ -133,10 +136,17 @@ impl Params {
                 best_of,
             ));
         }
-        for name in ["n_keep", "n_discard", "n_cache_reuse"] {
+        for name in ["n_keep", "n_discard"] {
             fields.integer_from(name, -1)?;
         }
-        fields.bool("cache_prompt")?;
+        if let Some(n @ 1..) = fields.integer_from("n_cache_reuse", -1)? {
+            return Err(ApiError::field(
+                "n_cache_reuse",
+                "0: a cached part behind a difference was computed with other tokens before it, so the answer would not be \
+                 the prompt's own; equal beginnings are reused anyway",
+                n,
+            ));
+        }
         let n_predict = fields
             .any(&["n_predict", "max_completion_tokens", "max_tokens"], |f, name| f.integer_from(name, -1))?;
         let ping = fields.integer_from("sse_ping_interval", -1)?;
@@ -154,6 +164,8 @@ impl Params {
             ignore_eos: flag("ignore_eos")?,
             n_draft_max: n_draft_max(fields)?,
             slot: fields.integer_from("id_slot", -1)?.and_then(|slot| usize::try_from(slot).ok()),
+            cache_prompt: fields.bool("cache_prompt")?.unwrap_or(app.config.cache_prompt),
+            turns: Vec::new(),
             n: n as usize,
             stream: flag("stream")?,
             include_usage: options.map_or(Ok(None), |o| o.bool("include_usage"))?.unwrap_or(false),
@@ -178,6 +190,8 @@ impl Params {
             ignore_eos: false,
             n_draft_max: None,
             slot: None,
+            cache_prompt: app.config.cache_prompt,
+            turns: Vec::new(),
             n: 1,
             stream: false,
             include_usage: false,
@@ -202,6 +216,8 @@ impl Params {
             ignore_eos: self.ignore_eos,
             n_draft_max: self.n_draft_max,
             slot: self.slot,
+            cache_prompt: self.cache_prompt,
+            turns: self.turns.clone(),
             ..Request::new(id, prompt)
         }
     }
@@ -217,6 +233,7 @@ impl Params {
             map.insert("max_tokens".into(), n_predict.into());
             map.insert("n_keep".into(), 0.into());
             map.insert("n_discard".into(), 0.into());
+            map.insert("cache_prompt".into(), self.cache_prompt.into());
             map.insert("ignore_eos".into(), self.ignore_eos.into());
             map.insert("stop".into(), json!(self.stop));
             map.insert("stream".into(), self.stream.into());

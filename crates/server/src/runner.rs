@@ -23,13 +23,13 @@ use std::{
 };
 
 use paceline_engine::{
-    Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, SlotStatus, Stats,
-    SubmitError, TokenOut,
+    CacheUsage, Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, Restored,
+    Saved, SlotStatus, Stats, SubmitError, TokenOut,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{engine_thread::EngineThread, timings::Timings};
+use crate::{engine_thread::EngineThread, error::ApiError, timings::Timings};
 
 /// Makes an engine: at the start, and again after a failure.
 pub type EngineFactory = Box<dyn FnMut() -> Result<Engine, Box<dyn std::error::Error + Send + Sync>> + Send>;
@@ -98,7 +98,25 @@ pub(crate) struct Submission {
     pub settings: Arc<Value>,
 }
 
+/// What is done with what a slot had last.
+pub(crate) enum SlotAction {
+    /// Asks for the contents of a file.
+    Save,
+    /// Takes up the contents of a file.
+    Restore(Vec<u8>),
+    Erase,
+}
+
+/// What came of it.
+pub(crate) enum SlotOutcome {
+    Saved(Saved),
+    Restored(Restored),
+    /// So many tokens.
+    Erased(usize),
+}
+
 pub(crate) enum Command {
+    Slot(usize, SlotAction, oneshot::Sender<Result<SlotOutcome, ApiError>>),
     Submit(Box<Submission>),
     Status(oneshot::Sender<Box<EngineStatus>>),
     /// Refuse what waits and what comes.
@@ -150,6 +168,7 @@ pub(crate) struct EngineStatus {
     pub n_page: usize,
     pub n_page_max: usize,
     pub drafter: Option<DrafterStatus>,
+    pub cache: CacheUsage,
 }
 
 /// What the rest of the server holds of the thread. Dropping the last one ends it.
@@ -215,6 +234,14 @@ impl Runner {
         let (reply, answer) = oneshot::channel();
         self.inbox.send(Command::Status(reply)).await.ok()?;
         answer.await.ok()
+    }
+
+    /// Saves, restores or erases a slot, at the next step boundary.
+    pub async fn slot(&self, slot: usize, action: SlotAction) -> Result<SlotOutcome, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let gone = || Refusal::Down("its thread has ended".into());
+        self.inbox.send(Command::Slot(slot, action, reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
     }
 
     pub fn health(&self) -> Health {

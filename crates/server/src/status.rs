@@ -134,11 +134,6 @@ pub(crate) async fn change_props() -> ApiError {
     )
 }
 
-/// Saving slots is not offered.
-pub(crate) async fn slot_action() -> ApiError {
-    ApiError::not_supported("saving, restoring and erasing slots is not supported yet by this server")
-}
-
 async fn look(app: &App) -> Result<Box<EngineStatus>, ApiError> {
     app.runner.status().await.ok_or_else(|| ApiError::server("the engine's thread has ended"))
 }
@@ -288,6 +283,30 @@ fn exposition(status: &EngineStatus, is_well: bool) -> String {
     ] {
         let name = format!("paceline:spec_{stage}_seconds_total");
         metric(&name, counter, help, time.as_secs_f64());
+    }
+    metric(
+        "paceline:requests_parked_total",
+        counter,
+        "Times that a request waited again for want of memory.",
+        counters.n_parked as f64,
+    );
+    let cache = &status.cache;
+    for (name, kind, help, value) in [
+        ("hits_total", counter, "Requests that began with a cached prefix.", cache.n_hit as f64),
+        ("misses_total", counter, "Requests that might have and found none.", cache.n_miss as f64),
+        ("tokens_total", counter, "Prompt tokens that a cache had.", cache.n_token_hit as f64),
+        ("snapshots_taken_total", counter, "Snapshots taken.", cache.n_taken as f64),
+        ("evictions_total", counter, "Snapshots dropped for want of room.", cache.n_evicted as f64),
+        ("snapshots", gauge, "Snapshots held.", cache.n_snapshot as f64),
+        (
+            "bytes",
+            gauge,
+            "Bytes that only snapshots hold, those of the drafter included.",
+            cache.bytes as f64,
+        ),
+        ("bytes_max", gauge, "Bytes that they may hold.", cache.n_byte_max as f64),
+    ] {
+        metric(&format!("paceline:cache_{name}"), kind, help, value);
     }
     metric("paceline:memory_bytes", gauge, "Bytes of sequence state in use.", status.memory_bytes as f64);
     metric("paceline:kv_pages", gauge, "KV pages in use.", status.n_page as f64);

@@ -70,5 +70,6 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, body: Body) -> Resul
 
 /// A chat as the prompt that the model would get.
 pub(crate) async fn apply_template(State(app): State<Arc<App>>, body: Body) -> Result<Json<Value>, ApiError> {
-    prepare(&app, body, |app, body| Ok(Json(json!({"prompt": render(&Fields::of_body(body)?, app)?})))).await
+    prepare(&app, body, |app, body| Ok(Json(json!({"prompt": render(&Fields::of_body(body)?, app)?.text}))))
+        .await
 }

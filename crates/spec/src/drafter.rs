@@ -1,7 +1,7 @@
 //! The interface of a source of drafts.
 
 use paceline_backend::Tap;
-use paceline_memory::SeqId;
+use paceline_memory::{Memory, SeqId};
 use paceline_sampling::Sampler;
 
 use crate::Token;
@@ -62,10 +62,55 @@ pub trait Drafter: Send {
     fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft>;
     /// These rows, prompt or accepted, are final. Called once per step, for all sequences that moved.
     fn commit(&mut self, kept: &[Kept<'_>]);
+    /// Lets `to`, of which nothing is known, begin with the first `len` committed tokens of `from`, so that it drafts
+    /// exactly as if it had been given their rows. False, and nothing changed, if that can't be done for this `len`: a
+    /// cached prefix of this length is then not offered. May be asked between [`draft`](Self::draft) and
+    /// [`commit`](Self::commit).
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool;
+    /// True if a fork may have any `len`. If not, it must have all committed tokens, and prompts are cut where others will go
+    /// on, as for a target with a recurrent state.
+    fn forks_anywhere(&self) -> bool {
+        true
+    }
+    /// What is remembered of `seq`, a fork that was given no rows since, as bytes for [`import`](Self::import). None if
+    /// there is nothing, or no such form of it.
+    fn export(&self, _seq: SeqId) -> Option<Vec<u8>> {
+        None
+    }
+    /// Makes `seq`, of which nothing is known, what an export of the same drafter with the same settings was of, which had
+    /// `len` tokens. On error, which says what is wrong, nothing has changed.
+    fn import(&mut self, _seq: SeqId, _len: usize, _bytes: &[u8]) -> Result<(), String> {
+        Err(format!("the {} drafter can't take it", self.name()))
+    }
     /// The sequence is gone.
     fn forget(&mut self, seq: SeqId);
     /// Bytes held for sequences at present.
     fn state_bytes(&self) -> usize {
         0
     }
+    /// How many of them are held only for forks that were given no rows since: what forgetting these returns.
+    fn resting_bytes(&self) -> usize {
+        0
+    }
+}
+
+/// A resting sequence of `n_row` rows of what an export gave. On error nothing has changed.
+pub(crate) fn import_of(memory: &mut Memory, n_row: usize, bytes: &[u8]) -> Result<SeqId, String> {
+    let own = memory.import(bytes)?;
+    let found = memory.len(own);
+    if found != n_row {
+        memory.free(own);
+        return Err(format!("expected {n_row} rows, found {found}"));
+    }
+    Ok(own)
+}
+
+/// Tokens as bytes.
+pub(crate) fn token_bytes(tokens: &[Token]) -> Vec<u8> {
+    tokens.iter().flat_map(|token| token.to_le_bytes()).collect()
+}
+
+/// And back.
+pub(crate) fn tokens_of(bytes: &[u8]) -> Vec<Token> {
+    bytes.as_chunks().0.iter().map(|token| Token::from_le_bytes(*token)).collect()
 }

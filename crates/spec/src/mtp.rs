@@ -17,7 +17,9 @@ use paceline_backend::{Exec, Lane, PlanBuilder, StateConfig, Step, StepOut, Tap}
 use paceline_memory::{Memory, SeqId};
 use paceline_models::Weights;
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+};
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
@@ -122,6 +124,12 @@ impl Mtp {
             }
         }
         chains
+    }
+
+    /// Bytes of the pending states of some sequences.
+    fn pending_bytes(&self, is_counted: impl Fn(&Known) -> bool) -> usize {
+        let counted = self.sequences.values().filter(|known| is_counted(known));
+        counted.map(|known| known.pending.len() * size_of::<f32>()).sum()
     }
 
     /// Runs one row of every chain.
@@ -254,6 +262,40 @@ impl Drafter for Mtp {
         }
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        // The state behind an earlier token is not kept.
+        let Some(known) = self.sequences.get(&from).filter(|k| k.n_committed == len && len > 0) else {
+            return false;
+        };
+        let Some(own) = self.memory.fork_prefix(known.own, len - 1) else { return false };
+        let fork = Known { own, n_committed: len, pending: known.pending.clone() };
+        let old = self.sequences.insert(to, fork);
+        assert!(old.is_none(), "{to:?} is known already");
+        true
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        false
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let known = self.sequences.get(&seq)?;
+        let mut out: Vec<u8> = known.pending.iter().flat_map(|x| x.to_le_bytes()).collect();
+        self.memory.export(known.own, &mut out);
+        Some(out)
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let n_byte = self.n_embd * size_of::<f32>();
+        let (pending, memory) = bytes.split_at_checked(n_byte).ok_or("it has no state of its last token")?;
+        let n_row = len.checked_sub(1).ok_or("it is of no token")?;
+        let own = import_of(&mut self.memory, n_row, memory)?;
+        let pending = pending.as_chunks().0.iter().map(|x| f32::from_le_bytes(*x)).collect();
+        let old = self.sequences.insert(seq, Known { own, n_committed: len, pending });
+        assert!(old.is_none(), "{seq:?} is known already");
+        Ok(())
+    }
+
     fn forget(&mut self, seq: SeqId) {
         if let Some(known) = self.sequences.remove(&seq) {
             self.memory.free(known.own);
@@ -261,7 +303,11 @@ impl Drafter for Mtp {
     }
 
     fn state_bytes(&self) -> usize {
-        let pending: usize = self.sequences.values().map(|k| k.pending.len() * size_of::<f32>()).sum();
-        self.memory.usage().bytes + pending
+        let usage = self.memory.usage();
+        usage.bytes + usage.bytes_resting + self.pending_bytes(|_| true)
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.memory.usage().bytes_resting + self.pending_bytes(|known| self.memory.rests(known.own))
     }
 }

@@ -7,14 +7,17 @@
 //! draft    of the places that end like the text does, the one that agrees furthest back: fox jumps …
 //! ```
 //!
-//! The index grows by one entry a token; a draft looks at a bounded number of places. A draft is no longer than the
+//! The index grows by one entry a token; that of a fork is made when it moves, from its tokens. A draft looks at a bounded number of places. A draft is no longer than the
 //! agreement it stands on: three tokens in common are little to bet fifteen rows on.
 
 use std::collections::HashMap;
 
 use paceline_memory::SeqId;
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, Origin, Token};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, Origin, Token,
+    drafter::{token_bytes, tokens_of},
+};
 
 /// The registry entry. The name is llama.cpp's.
 pub const KIND: DrafterKind = DrafterKind {
@@ -47,11 +50,33 @@ pub struct Ngram {
 struct Index {
     tokens: Vec<Token>,
     latest: HashMap<[Token; N_KEY], u32>,
-    /// For each token, where the run that it ends occurred before.
+    /// For each token, where the run that it ends occurred before. Shorter than `tokens` for a fork that rests.
     before: Vec<u32>,
 }
 
 impl Index {
+    /// Of tokens that are looked at later.
+    fn resting(tokens: Vec<Token>) -> Index {
+        Index { tokens, ..Index::default() }
+    }
+
+    fn rests(&self) -> bool {
+        self.before.len() < self.tokens.len()
+    }
+
+    /// Looks at the tokens of a fork.
+    fn wake(&mut self) {
+        if self.rests() {
+            std::mem::take(&mut self.tokens).into_iter().for_each(|token| self.push(token));
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.tokens.len() * size_of::<Token>()
+            + self.before.len() * size_of::<u32>()
+            + self.latest.len() * (size_of::<[Token; N_KEY]>() + size_of::<u32>())
+    }
+
     fn push(&mut self, token: Token) {
         let at = self.tokens.len() as u32;
         self.tokens.push(token);
@@ -125,9 +150,12 @@ impl Drafter for Ngram {
 
     fn draft(&mut self, requests: &mut [DraftRequest<'_>]) -> Vec<Draft> {
         let draft = |request: &mut DraftRequest<'_>| {
-            let index = self.sequences.get(&request.seq).filter(|i| i.tokens.len() == request.position);
+            let index = self.sequences.get_mut(&request.seq).filter(|i| i.tokens.len() == request.position);
             match index {
-                Some(index) => index.draft(request.anchor, request.n_max),
+                Some(index) => {
+                    index.wake();
+                    index.draft(request.anchor, request.n_max)
+                }
                 None => {
                     Draft { fault: Some("its index is not of this text".to_string()), ..Draft::default() }
                 }
@@ -140,8 +168,32 @@ impl Drafter for Ngram {
         for rows in kept {
             let index = self.sequences.entry(rows.seq).or_default();
             assert_eq!(index.tokens.len(), rows.first_position, "rows of {:?} out of order", rows.seq);
+            index.wake();
             rows.tokens.iter().for_each(|&token| index.push(token));
         }
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let Some(tokens) = self.sequences.get(&from).and_then(|index| index.tokens.get(..len)) else {
+            return false;
+        };
+        let fork = Index::resting(tokens.to_vec());
+        let old = self.sequences.insert(to, fork);
+        assert!(old.is_none(), "{to:?} is known already");
+        true
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        Some(token_bytes(&self.sequences.get(&seq)?.tokens))
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        if len.checked_mul(size_of::<Token>()) != Some(bytes.len()) {
+            return Err(format!("{} bytes for {len} tokens", bytes.len()));
+        }
+        let old = self.sequences.insert(seq, Index::resting(tokens_of(bytes)));
+        assert!(old.is_none(), "{seq:?} is known already");
+        Ok(())
     }
 
     fn forget(&mut self, seq: SeqId) {
@@ -149,11 +201,11 @@ impl Drafter for Ngram {
     }
 
     fn state_bytes(&self) -> usize {
-        let one = |index: &Index| {
-            index.tokens.len() * (size_of::<Token>() + size_of::<u32>())
-                + index.latest.len() * (size_of::<[Token; N_KEY]>() + size_of::<u32>())
-        };
-        self.sequences.values().map(one).sum()
+        self.sequences.values().map(Index::bytes).sum()
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.sequences.values().filter(|index| index.rests()).map(Index::bytes).sum()
     }
 }
 

@@ -15,7 +15,10 @@ use std::collections::HashMap;
 use paceline_backend::{Exec, Lane, PlanBuilder, StateConfig, Step, StepOut};
 use paceline_memory::{Memory, SeqId};
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, Token};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, Token,
+    drafter::{token_bytes, tokens_of},
+};
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
@@ -107,6 +110,12 @@ impl Small {
         for run in runs {
             self.memory.commit(run.own, run.tokens.len());
         }
+    }
+
+    /// Bytes of the tokens of some sequences.
+    fn token_bytes(&self, is_counted: impl Fn(&Known) -> bool) -> usize {
+        let counted = self.sequences.values().filter(|known| is_counted(known));
+        counted.map(|known| known.tokens.len() * size_of::<Token>()).sum()
     }
 
     /// Computes what is pending of `seqs`, as far as it fills whole chunks or `all` of it. Those without room keep
@@ -242,7 +251,7 @@ impl Drafter for Small {
     }
 
     fn commit(&mut self, kept: &[Kept<'_>]) {
-        let mut seqs = Vec::with_capacity(kept.len());
+        let (mut seqs, mut woken) = (Vec::with_capacity(kept.len()), Vec::new());
         for rows in kept {
             if rows.first_position == 0 {
                 let own = self.memory.create();
@@ -251,9 +260,51 @@ impl Drafter for Small {
             let Some(known) = self.sequences.get_mut(&rows.seq) else { continue };
             assert_eq!(known.tokens.len(), rows.first_position, "rows of {:?} out of order", rows.seq);
             known.tokens.extend_from_slice(rows.tokens);
-            seqs.push(rows.seq);
+            // A fork wakes with its first rows.
+            match self.memory.rests(known.own) {
+                true => woken.push(rows.seq),
+                false => seqs.push(rows.seq),
+            }
         }
+        self.catch_up(&woken, 0);
         self.catch_up(&seqs, N_CHUNK);
+    }
+
+    /// Our memory may have the anchor too, or not all tokens yet: the fork has what it can of the first `len` and catches up.
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let Some(known) = self.sequences.get(&from) else { return false };
+        let Some(tokens) = known.tokens.get(..len).map(<[Token]>::to_vec) else { return false };
+        let n_row = len.min(self.memory.len(known.own));
+        let Some(own) = self.memory.fork_prefix(known.own, n_row) else { return false };
+        let old = self.sequences.insert(to, Known { own, tokens });
+        assert!(old.is_none(), "{to:?} is known already");
+        true
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.memory.forks_anywhere()
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let known = self.sequences.get(&seq)?;
+        let mut out = token_bytes(&known.tokens);
+        self.memory.export(known.own, &mut out);
+        Some(out)
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let n_byte = len.checked_mul(size_of::<Token>());
+        let (tokens, memory) =
+            n_byte.and_then(|n| bytes.split_at_checked(n)).ok_or("it has fewer tokens than there are")?;
+        let own = self.memory.import(memory)?;
+        let n_row = self.memory.len(own);
+        if n_row > len {
+            self.memory.free(own);
+            return Err(format!("expected {len} rows at most, found {n_row}"));
+        }
+        let old = self.sequences.insert(seq, Known { own, tokens: tokens_of(tokens) });
+        assert!(old.is_none(), "{seq:?} is known already");
+        Ok(())
     }
 
     fn forget(&mut self, seq: SeqId) {
@@ -263,7 +314,11 @@ impl Drafter for Small {
     }
 
     fn state_bytes(&self) -> usize {
-        let tokens: usize = self.sequences.values().map(|k| k.tokens.len() * size_of::<Token>()).sum();
-        self.memory.usage().bytes + tokens
+        let usage = self.memory.usage();
+        usage.bytes + usage.bytes_resting + self.token_bytes(|_| true)
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.memory.usage().bytes_resting + self.token_bytes(|known| self.memory.rests(known.own))
     }
 }

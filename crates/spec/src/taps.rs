@@ -78,6 +78,9 @@ mod tests {
             Vec::new()
         }
         fn commit(&mut self, _: &[Kept<'_>]) {}
+        fn fork(&mut self, _: SeqId, _: SeqId, _: usize) -> bool {
+            false
+        }
         fn forget(&mut self, _: SeqId) {}
     }
 

@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use paceline_backend::{Exec, Lane, PageId, SlotId, StateConfig, StateDecl, States, Step, StepOut};
+use paceline_backend::{Exec, Lane, PageId, SavedId, SlotId, StateConfig, StateDecl, States, Step, StepOut};
 
 use crate::{
     HashModel, Token,
@@ -44,6 +44,7 @@ struct Stores {
     /// Cells of the pages that have storage; none where nothing was written since.
     pages: HashMap<PageId, Vec<Option<Cell>>>,
     slots: HashMap<SlotId, Slot>,
+    saved: HashMap<SavedId, Recurrent>,
     traffic: Traffic,
 }
 
@@ -64,6 +65,11 @@ impl HashStates {
     /// Pages that have storage.
     pub fn n_page(&self) -> usize {
         self.stores().pages.len()
+    }
+
+    /// Recurrent states that are saved.
+    pub fn n_saved(&self) -> usize {
+        self.stores().saved.len()
     }
 
     /// What was called so far.
@@ -141,13 +147,20 @@ impl States for HashStates {
         stores.slots.insert(slot, Slot::default());
     }
 
-    fn slot_copy(&self, from: SlotId, to: SlotId) {
+    fn slot_save(&self, slot: SlotId, saved: SavedId) {
+        let mut stores = self.stores();
+        let of = stores.slot(slot);
+        assert!(of.window.is_none(), "{slot:?} is saved inside a step");
+        let committed = of.committed;
+        let old = stores.saved.insert(saved, committed);
+        assert!(old.is_none(), "{saved:?} has storage already");
+    }
+
+    fn slot_load(&self, saved: SavedId, slot: SlotId) {
         let mut stores = self.stores();
         stores.traffic.n_slot_start += 1;
-        let of = stores.slot(from);
-        assert!(of.window.is_none(), "copy of {from:?} inside a step");
-        let committed = of.committed;
-        stores.slots.insert(to, Slot { committed, window: None });
+        let Some(&committed) = stores.saved.get(&saved) else { panic!("{saved:?} has no storage") };
+        stores.slots.insert(slot, Slot { committed, window: None });
     }
 
     fn slot_commit(&self, slot: SlotId, n_rows: usize) {
@@ -164,10 +177,66 @@ impl States for HashStates {
         }
     }
 
+    fn saved_bytes(&self) -> usize {
+        self.decls.iter().map(StateDecl::slot_width).sum::<usize>() * 4
+    }
+
+    fn saved_release(&self, saved: SavedId) {
+        assert!(self.stores().saved.remove(&saved).is_some(), "release of {saved:?}, which has no storage");
+    }
+
+    fn page_export(&self, page: PageId, out: &mut Vec<u8>) {
+        let stores = self.stores();
+        let Some(cells) = stores.pages.get(&page) else { panic!("export of {page:?} without storage") };
+        for cell in cells {
+            // An unwritten cell is written as one that no token can leave.
+            let (token, position, row) = cell.map_or((Token::MAX, 0, 0), |c| (c.token, c.position, c.row));
+            out.extend(token.to_le_bytes());
+            out.extend(position.to_le_bytes());
+            out.extend(row.to_le_bytes());
+        }
+    }
+
+    fn page_import(&self, page: PageId, bytes: &[u8]) -> bool {
+        let (cells, rest) = bytes.as_chunks::<CELL_BYTES>();
+        if cells.len() != self.config.page_len || !rest.is_empty() {
+            return false;
+        }
+        let cell = |bytes: &[u8; CELL_BYTES]| {
+            let (token, rest) = bytes.split_first_chunk()?;
+            let (position, row) = rest.split_first_chunk()?;
+            let token = Token::from_le_bytes(*token);
+            let (position, row) = (u32::from_le_bytes(*position), u64::from_le_bytes(row.try_into().ok()?));
+            (token != Token::MAX).then_some(Cell { token, position, row })
+        };
+        let mut stores = self.stores();
+        let Some(place) = stores.pages.get_mut(&page) else { panic!("import into {page:?} without storage") };
+        *place = cells.iter().map(cell).collect();
+        true
+    }
+
+    fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>) {
+        let stores = self.stores();
+        let Some(of) = stores.saved.get(&saved) else { panic!("export of {saved:?} without storage") };
+        [of.state, of.tail[0], of.tail[1], of.tail[2]].iter().for_each(|x| out.extend(x.to_le_bytes()));
+    }
+
+    fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool {
+        let (words, rest) = bytes.as_chunks::<8>();
+        let (&[state, a, b, c], []) = (words, rest) else { return false };
+        let [state, a, b, c] = [state, a, b, c].map(u64::from_le_bytes);
+        let old = self.stores().saved.insert(saved, Recurrent { state, tail: [a, b, c] });
+        assert!(old.is_none(), "{saved:?} has storage already");
+        true
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
 }
+
+/// Bytes of an exported cell: token, position, row.
+const CELL_BYTES: usize = 16;
 
 /// Forwards of the hash model.
 #[derive(Debug)]

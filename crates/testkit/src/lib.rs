@@ -29,7 +29,7 @@ pub use hash_exec::{HashExec, HashStates, Traffic};
 pub use hash_model::{HashKind, HashModel, Reading};
 pub use recorder::{Log, Recorder};
 pub use rng::{Rng, Seeded, mix};
-pub use scripted::{Accept, Lie, Scripted, liar, oracle};
+pub use scripted::{Accept, Forks, Lie, Scripted, liar, oracle};
 pub use tiny_vocab::{
     IM_END, IM_START, PADDING, TEXT_END, letters_vocab, tiny_bias, tiny_metadata, tiny_vocab,
 };

@@ -3,7 +3,8 @@
 //! Per sequence: committed rows follow each other without gap or overlap from position 0 on; each row's taps are
 //! those that the reference gives for the tokens so far; a draft is asked for at most once between commits, at the
 //! position that the committed rows end at; the commit after it begins with the anchor and goes on with a prefix of
-//! the draft; after `forget` nothing is heard of the sequence again.
+//! the draft; a fork begins with rows that the other one has and then lives on its own; after `forget` nothing is heard
+//! of the sequence again.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,11 +28,13 @@ struct Entries {
     n_draft: usize,
     n_commit: usize,
     n_row: usize,
+    n_fork: usize,
 }
 
 #[derive(Debug)]
 struct Seen {
     reading: Reading,
+    tokens: Vec<Token>,
     /// Anchor and draft since the last commit.
     drafted: Option<(Token, Vec<Token>)>,
 }
@@ -54,6 +57,11 @@ impl Log {
     /// Rows committed.
     pub fn n_row(&self) -> usize {
         self.entries().n_row
+    }
+
+    /// Sequences forked.
+    pub fn n_fork(&self) -> usize {
+        self.entries().n_fork
     }
 
     /// Calls of `commit`.
@@ -131,7 +139,7 @@ impl<D: Drafter> Drafter for Recorder<D> {
             let width = self.model.n_tap;
             assert_eq!(k.taps.len(), k.tokens.len() * width, "taps of {} rows", k.tokens.len());
             log.n_row += k.tokens.len();
-            let fresh = || Seen { reading: self.model.reading(), drafted: None };
+            let fresh = || Seen { reading: self.model.reading(), tokens: Vec::new(), drafted: None };
             let seen = log.live.entry(k.seq).or_insert_with(fresh);
             assert_eq!(k.first_position, seen.reading.n_tokens(), "first row of {:?}", k.seq);
             if let Some((anchor, draft)) = seen.drafted.take() {
@@ -145,6 +153,7 @@ impl<D: Drafter> Drafter for Recorder<D> {
             }
             for (i, &token) in k.tokens.iter().enumerate() {
                 seen.reading.push(token);
+                seen.tokens.push(token);
                 let position = k.first_position + i;
                 let taps = &k.taps[i * width..(i + 1) * width];
                 assert!(
@@ -158,6 +167,53 @@ impl<D: Drafter> Drafter for Recorder<D> {
         self.inner.commit(kept);
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let mut log = self.log.entries();
+        assert!(
+            !log.gone.contains(&from) && !log.gone.contains(&to),
+            "a fork of {from:?}, {to:?}: forgotten"
+        );
+        assert!(!log.live.contains_key(&to), "{to:?} has rows of its own");
+        let Some(seen) = log.live.get(&from) else { panic!("a fork of {from:?}, of which no row was seen") };
+        let Some(tokens) = seen.tokens.get(..len).map(<[Token]>::to_vec) else {
+            panic!("a fork of {len} rows of {from:?}, which has {}", seen.tokens.len())
+        };
+        if !self.inner.fork(from, to, len) {
+            return false;
+        }
+        log.n_fork += 1;
+        log.live.insert(to, Seen { reading: self.model.read(&tokens), tokens, drafted: None });
+        true
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let log = self.log.entries();
+        let tokens = &log.live.get(&seq)?.tokens;
+        // Its own part first, so that what comes back can be watched too.
+        let mut out = (tokens.len() as u64).to_le_bytes().to_vec();
+        tokens.iter().for_each(|token| out.extend(token.to_le_bytes()));
+        out.extend(self.inner.export(seq)?);
+        Some(out)
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.inner.forks_anywhere()
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let (&n, rest) = bytes.split_first_chunk().ok_or("no length")?;
+        let n = u64::from_le_bytes(n) as usize * size_of::<Token>();
+        let (tokens, inner) = rest.split_at_checked(n).ok_or("too short")?;
+        self.inner.import(seq, len, inner)?;
+        let tokens: Vec<Token> =
+            tokens.as_chunks().0.iter().map(|&token| Token::from_le_bytes(token)).collect();
+        let mut log = self.log.entries();
+        assert!(!log.gone.contains(&seq), "{seq:?} was forgotten");
+        let old = log.live.insert(seq, Seen { reading: self.model.read(&tokens), tokens, drafted: None });
+        assert!(old.is_none(), "{seq:?} has rows of its own");
+        Ok(())
+    }
+
     fn forget(&mut self, seq: SeqId) {
         let mut log = self.log.entries();
         log.live.remove(&seq);
@@ -168,5 +224,9 @@ impl<D: Drafter> Drafter for Recorder<D> {
 
     fn state_bytes(&self) -> usize {
         self.inner.state_bytes()
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.inner.resting_bytes()
     }
 }

@@ -1,6 +1,9 @@
 //! Drafters that follow a script: right as often as told, or wrong in every way that a drafter can be.
 
-use std::{collections::HashMap, fmt};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+};
 
 use paceline_memory::SeqId;
 use paceline_spec::{Draft, DraftRequest, Drafter, Kept};
@@ -10,12 +13,26 @@ use crate::{HashModel, Rng, Token};
 /// A script: the sequence's tokens, its anchor included, and what is asked.
 type Script = Box<dyn FnMut(&[Token], &mut DraftRequest<'_>) -> Draft + Send>;
 
+/// At which lengths a drafter can fork a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forks {
+    /// At any.
+    Anywhere,
+    /// Only with all that was committed.
+    Whole,
+    /// At none.
+    Never,
+}
+
 /// A drafter whose drafts are what a closure says.
 pub struct Scripted {
     name: &'static str,
     n_draft_max: usize,
     script: Script,
+    forks: Forks,
     committed: HashMap<SeqId, Vec<Token>>,
+    /// Sequences that were forked and not moved since.
+    resting: HashSet<SeqId>,
 }
 
 impl Scripted {
@@ -26,7 +43,14 @@ impl Scripted {
         n_draft_max: usize,
         script: impl FnMut(&[Token], &mut DraftRequest<'_>) -> Draft + Send + 'static,
     ) -> Scripted {
-        Scripted { name, n_draft_max, script: Box::new(script), committed: HashMap::new() }
+        let (committed, resting) = (HashMap::new(), HashSet::new());
+        Scripted { name, n_draft_max, script: Box::new(script), forks: Forks::Anywhere, committed, resting }
+    }
+
+    /// The same drafter, which can fork sequences at such lengths only.
+    pub fn forking(mut self, forks: Forks) -> Scripted {
+        self.forks = forks;
+        self
     }
 
     /// What the script says to `tokens`, for scripts made of others.
@@ -67,15 +91,54 @@ impl Drafter for Scripted {
     fn commit(&mut self, kept: &[Kept<'_>]) {
         for kept in kept {
             self.committed.entry(kept.seq).or_default().extend(kept.tokens);
+            self.resting.remove(&kept.seq);
         }
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let Some(tokens) = self.committed.get(&from) else { return false };
+        let can = match self.forks {
+            Forks::Anywhere => len <= tokens.len(),
+            Forks::Whole => len == tokens.len(),
+            Forks::Never => false,
+        };
+        if can {
+            let tokens = tokens[..len].to_vec();
+            self.committed.insert(to, tokens);
+            self.resting.insert(to);
+        }
+        can
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        Some(self.committed.get(&seq)?.iter().flat_map(|token| token.to_le_bytes()).collect())
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.forks == Forks::Anywhere
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let (tokens, []) = bytes.as_chunks() else { return Err("half a token".to_string()) };
+        if tokens.len() != len {
+            return Err(format!("{} tokens of {len}", tokens.len()));
+        }
+        self.committed.insert(seq, tokens.iter().map(|&token| Token::from_le_bytes(token)).collect());
+        self.resting.insert(seq);
+        Ok(())
     }
 
     fn forget(&mut self, seq: SeqId) {
         self.committed.remove(&seq);
+        self.resting.remove(&seq);
     }
 
     fn state_bytes(&self) -> usize {
         self.committed.values().map(|tokens| tokens.len() * size_of::<Token>()).sum()
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.resting.iter().map(|seq| self.committed[seq].len() * size_of::<Token>()).sum()
     }
 }
 

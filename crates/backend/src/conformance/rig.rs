@@ -6,8 +6,8 @@ use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
 use paceline_kernels::formats::quantize_rows;
 
 use crate::{
-    Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageId, PlanBuilder, SlotId, StateConfig, StateDecl,
-    States, Step, StepOut, Tap, Vector, WeightId, WeightSource,
+    Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageId, PlanBuilder, SavedId, SlotId, StateConfig,
+    StateDecl, States, Step, StepOut, Tap, Vector, WeightId, WeightSource,
 };
 
 use super::random::Random;
@@ -200,7 +200,11 @@ impl Rig {
     pub fn fork(&mut self, seq: &Sequence) -> Sequence {
         let mut fork = self.sequence();
         fork.n_past = seq.n_past;
-        self.states(|s| s.slot_copy(seq.slot, fork.slot));
+        self.states(|s| {
+            s.slot_save(seq.slot, SavedId(0));
+            s.slot_load(SavedId(0), fork.slot);
+            s.saved_release(SavedId(0));
+        });
         for &from in &seq.pages {
             let to = self.page();
             self.states(|s| s.page_copy(from, to));

@@ -15,8 +15,8 @@ use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, Error, Exec, Factor, HeadMap, KvType, Lane, Op, PageId, Pairing,
-    Plan, PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SlotId, StateConfig, StateDecl, StateId, States,
-    Step, StepOut, WeightId, WeightSource,
+    Plan, PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId, StateConfig, StateDecl,
+    StateId, States, Step, StepOut, WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -93,6 +93,7 @@ type Cells = HashMap<(StateId, usize), [Vec<f64>; 2]>;
 struct Inner {
     pages: HashMap<PageId, Cells>,
     slots: HashMap<SlotId, Slot>,
+    saved: HashMap<SavedId, Slot>,
 }
 
 /// The rows that made a sequence's recurrent states.
@@ -170,10 +171,16 @@ impl States for ScalarStates {
         self.lock().slots.insert(slot, Slot::default());
     }
 
-    fn slot_copy(&self, from: SlotId, to: SlotId) {
+    fn slot_save(&self, slot: SlotId, saved: SavedId) {
         let mut inner = self.lock();
-        let committed = inner.slots[&from].committed.clone();
-        inner.slots.insert(to, Slot { committed, ..Slot::default() });
+        let committed = inner.slots[&slot].committed.clone();
+        inner.saved.insert(saved, Slot { committed, ..Slot::default() });
+    }
+
+    fn slot_load(&self, saved: SavedId, slot: SlotId) {
+        let mut inner = self.lock();
+        let of = inner.saved[&saved].clone();
+        inner.slots.insert(slot, of);
     }
 
     fn slot_commit(&self, slot: SlotId, n_rows: usize) {
@@ -184,6 +191,27 @@ impl States for ScalarStates {
         for (state, rows) in slot.tentative.drain() {
             slot.committed.entry(state).or_default().extend(rows.into_iter().take(n_rows));
         }
+    }
+
+    fn saved_bytes(&self) -> usize {
+        0 // as for slots
+    }
+
+    fn saved_release(&self, saved: SavedId) {
+        self.lock().saved.remove(&saved);
+    }
+
+    // What defines the others is never restarted, so its states have no form as bytes.
+    fn page_export(&self, _: PageId, _: &mut Vec<u8>) {}
+
+    fn page_import(&self, _: PageId, _: &[u8]) -> bool {
+        false
+    }
+
+    fn saved_export(&self, _: SavedId, _: &mut Vec<u8>) {}
+
+    fn saved_import(&self, _: SavedId, _: &[u8]) -> bool {
+        false
     }
 
     fn as_any(&self) -> &dyn Any {

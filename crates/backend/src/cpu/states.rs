@@ -14,10 +14,14 @@
 //! window = [ rows of state 1 | rows of state 2 | … ]             n_tentative_max rows of each
 //! ```
 //!
+//! Saved states are copies of slots, without a window, each with storage of its own: there may be many, they come and
+//! go, and nobody computes with them.
+//!
 //! Everything grows when a page or slot is first used.
 
 use std::{
     any::Any,
+    collections::HashMap,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -28,7 +32,25 @@ use paceline_kernels::{
     kv::{KvBytes, LINE},
 };
 
-use crate::{PageId, SlotId, StateConfig, StateDecl, States};
+use crate::{PageId, SavedId, SlotId, StateConfig, StateDecl, States};
+
+/// Appends values as bytes.
+fn put(out: &mut Vec<u8>, values: &[f32]) {
+    out.reserve(size_of_val(values));
+    values.iter().for_each(|x| out.extend(x.to_le_bytes()));
+}
+
+/// Fills values from as many bytes as they have.
+fn take(values: &mut [f32], bytes: &[u8]) {
+    let (chunks, rest) = bytes.as_chunks();
+    assert!(
+        chunks.len() == values.len() && rest.is_empty(),
+        "{} bytes for {} values",
+        bytes.len(),
+        values.len()
+    );
+    values.iter_mut().zip(chunks).for_each(|(x, bytes)| *x = f32::from_le_bytes(*bytes));
+}
 
 /// What grows and changes.
 #[derive(Default)]
@@ -40,6 +62,8 @@ pub(super) struct Inner {
     pub windows: Vec<f32>,
     /// Tentative rows of the last step, by slot.
     pub n_tentative: Vec<usize>,
+    /// Committed states of slots, copied.
+    saved: HashMap<SavedId, Vec<f32>>,
 }
 
 /// Where the parts of a recurrent state lie.
@@ -215,13 +239,23 @@ impl States for CpuStates {
         inner.slots[s * width..(s + 1) * width].fill(0.0);
     }
 
-    fn slot_copy(&self, from: SlotId, to: SlotId) {
+    fn slot_save(&self, slot: SlotId, saved: SavedId) {
         let mut inner = self.lock();
-        self.grow(&mut inner, from.max(to));
-        inner.n_tentative[to.0 as usize] = 0;
-        let width = self.0.slot_width;
-        let start = from.0 as usize * width;
-        inner.slots.copy_within(start..start + width, to.0 as usize * width);
+        self.grow(&mut inner, slot);
+        let (start, width) = (slot.0 as usize * self.0.slot_width, self.0.slot_width);
+        let copy = inner.slots[start..start + width].to_vec();
+        let old = inner.saved.insert(saved, copy);
+        assert!(old.is_none(), "{saved:?} has storage already");
+    }
+
+    fn slot_load(&self, saved: SavedId, slot: SlotId) {
+        let mut inner = self.lock();
+        self.grow(&mut inner, slot);
+        let inner = &mut *inner;
+        let Some(copy) = inner.saved.get(&saved) else { panic!("{saved:?} has no storage") };
+        inner.n_tentative[slot.0 as usize] = 0;
+        let (start, width) = (slot.0 as usize * self.0.slot_width, self.0.slot_width);
+        inner.slots[start..start + width].copy_from_slice(copy);
     }
 
     fn slot_commit(&self, slot: SlotId, n_rows: usize) {
@@ -253,6 +287,50 @@ impl States for CpuStates {
                 }
             }
         }
+    }
+
+    fn saved_bytes(&self) -> usize {
+        size_of::<f32>() * self.0.slot_width
+    }
+
+    fn saved_release(&self, saved: SavedId) {
+        self.lock().saved.remove(&saved);
+    }
+
+    fn page_export(&self, page: PageId, out: &mut Vec<u8>) {
+        match self.lock().pages.get(page.0 as usize) {
+            Some(Some(data)) => out.extend_from_slice(data.bytes()),
+            _ => panic!("export of {page:?}, which has no storage"),
+        }
+    }
+
+    fn page_import(&self, page: PageId, bytes: &[u8]) -> bool {
+        if bytes.len() != self.page_bytes() {
+            return false;
+        }
+        match self.lock().pages.get_mut(page.0 as usize) {
+            Some(Some(data)) => data.bytes_mut().copy_from_slice(bytes),
+            _ => panic!("import into {page:?}, which has no storage"),
+        }
+        true
+    }
+
+    fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>) {
+        match self.lock().saved.get(&saved) {
+            Some(values) => put(out, values),
+            None => panic!("export of {saved:?}, which has no storage"),
+        }
+    }
+
+    fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool {
+        if bytes.len() != self.saved_bytes() {
+            return false;
+        }
+        let mut values = vec![0.0; self.0.slot_width];
+        take(&mut values, bytes);
+        let old = self.lock().saved.insert(saved, values);
+        assert!(old.is_none(), "{saved:?} has storage already");
+        true
     }
 
     fn as_any(&self) -> &dyn Any {

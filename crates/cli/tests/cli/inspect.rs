@@ -3,6 +3,7 @@
 use std::fs;
 
 use paceline_gguf::{GgmlType, Metadata, to_bytes};
+use serde_json::json;
 
 use crate::command::{edited, paceline, repo_str};
 
@@ -139,4 +140,49 @@ fn base_models_are_told_from_instruct_ones() {
     check("named.gguf", 3, &|metadata| metadata.insert("general.name", "Toy 7M Base"));
     check("baseline.gguf", 0, &|metadata| metadata.insert("general.name", "Baseline 7M"));
     assert_eq!(paceline(&["inspect", "/no/such.gguf", "--check-instruct"]).code, Some(1));
+}
+
+#[test]
+fn a_plan_says_what_a_server_takes() {
+    let plan = |more: &[&str]| {
+        let target = repo_str(TARGET);
+        let args = [&["inspect", &target, "--plan", "--json"], more].concat();
+        paceline(&args).json()
+    };
+    let one = plan(&["-c", "4096", "-np", "4"]);
+    assert_eq!((&one["n_slot"], &one["n_ctx"], &one["n_cell"]), (&json!(4), &json!(1024), &json!(4096)));
+    let token = one["kv_token_bytes"].as_u64().unwrap();
+    assert_eq!(one["kv_bytes"], 4096 * token);
+    assert_eq!(one["recurrent_bytes"], 4 * one["recurrent_slot_bytes"].as_u64().unwrap());
+    assert_eq!((&one["drafter_kv_bytes"], &one["cache_bytes"]), (&json!(0), &json!(8_u64 << 30)));
+    let parts = ["weights_bytes", "kv_bytes", "recurrent_bytes", "drafter_kv_bytes", "cache_bytes"];
+    let sum: u64 = parts.iter().map(|part| one[part].as_u64().unwrap()).sum();
+    assert_eq!(one["total_bytes"], sum);
+
+    let drafter = repo_str(DRAFTER);
+    let two = plan(&["-c", "4096", "-np", "4", "-kvu", "-ctk", "f32", "-md", &drafter, "--cache-ram", "10"]);
+    assert_eq!((&two["n_ctx"], &two["n_cell"]), (&json!(4096), &json!(4096)));
+    assert_eq!(two["kv_token_bytes"], token / 2 * 3, "keys alone are twice as wide");
+    assert!(
+        two["drafter_kv_bytes"].as_u64() > Some(0)
+            && two["weights_bytes"].as_u64() > one["weights_bytes"].as_u64()
+    );
+    assert!(
+        two["recurrent_slot_bytes"].as_u64() > one["recurrent_slot_bytes"].as_u64(),
+        "drafts are kept too"
+    );
+    assert_eq!(
+        (&two["cache_bytes"], plan(&["--cache-ram", "-1"])["total_bytes"].is_null()),
+        (&json!(10 << 20), true)
+    );
+
+    // A model that drafts for itself: its cells again, and two recurrent states more.
+    let itself = plan(&["-c", "4096", "-np", "4", "-md", &repo_str(TARGET)]);
+    let number = |plan: &serde_json::Value, name: &str| plan[name].as_u64().unwrap();
+    assert_eq!(number(&itself, "drafter_kv_bytes"), number(&one, "kv_bytes"));
+    assert!(number(&itself, "recurrent_slot_bytes") >= 3 * number(&one, "recurrent_slot_bytes"));
+    assert_eq!(number(&itself, "recurrent_bytes"), 4 * number(&itself, "recurrent_slot_bytes"));
+
+    let words = paceline(&["inspect", &repo_str(TARGET), "--plan"]).ok();
+    assert!(words.contains("prompt cache") && words.contains("at most"), "{words}");
 }

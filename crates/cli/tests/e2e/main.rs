@@ -13,6 +13,7 @@ mod http;
 mod server;
 
 mod api;
+mod cache;
 mod clients;
 mod context;
 mod sampling;

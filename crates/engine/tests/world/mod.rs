@@ -12,12 +12,12 @@ use std::{
 
 use paceline_backend::{Exec, StateConfig, Step as Forward, StepOut, Tap};
 use paceline_engine::{
-    Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, SpeculationNote, Stats, Step,
-    SubmitError, TokenOut,
+    CacheConfig, Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, SpeculationNote,
+    Stats, Step, SubmitError, TokenOut,
 };
 use paceline_spec::{Draft, DraftRequest, Drafter, Kept, SeqId};
 use paceline_testkit::{
-    Answer, End, HashModel, HashStates, Log, Recorder, Token, alone, letters_vocab, tiny_vocab,
+    Answer, End, HashKind, HashModel, HashStates, Log, Recorder, Token, alone, letters_vocab, tiny_vocab,
 };
 use paceline_text::Vocab;
 
@@ -25,6 +25,7 @@ use paceline_text::Vocab;
 #[derive(Clone, Debug, Default)]
 pub struct Told {
     pub slot: Option<usize>,
+    pub n_cached: usize,
     pub n_prefill: usize,
     pub tokens: Vec<TokenOut>,
     pub text: String,
@@ -53,11 +54,28 @@ pub struct Sizes {
     pub n_draft_max: usize,
     pub page_len: usize,
     pub n_cell_max: usize,
+    pub cache: CacheConfig,
 }
 
 impl Sizes {
-    pub const ROOMY: Sizes =
-        Sizes { n_slot: 2, n_ctx: 256, n_ubatch: 32, n_draft_max: 15, page_len: 16, n_cell_max: 1 << 20 };
+    pub const ROOMY: Sizes = Sizes {
+        n_slot: 2,
+        n_ctx: 256,
+        n_ubatch: 32,
+        n_draft_max: 15,
+        page_len: 16,
+        n_cell_max: 1 << 20,
+        cache: CacheConfig { n_byte_max: usize::MAX, n_step: 24, n_step_max: 32, keeps_finished: true },
+    };
+
+    /// The same without a prompt cache.
+    pub const COLD: Sizes = Sizes { cache: CacheConfig::OFF, ..Sizes::ROOMY };
+
+    /// The context that a request can have.
+    pub fn n_ctx_of(&self, model: &HashModel) -> usize {
+        let n_cell = self.n_cell_max.next_multiple_of(self.page_len);
+        if model.kind == HashKind::Recurrent { self.n_ctx } else { self.n_ctx.min(n_cell) }
+    }
 }
 
 /// A drafter under the eyes of a [`Recorder`].
@@ -114,11 +132,26 @@ impl Drafter for PricedDrafter {
     fn commit(&mut self, kept: &[Kept<'_>]) {
         self.inner.commit(kept);
     }
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        self.inner.fork(from, to, len)
+    }
+    fn forks_anywhere(&self) -> bool {
+        self.inner.forks_anywhere()
+    }
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        self.inner.export(seq)
+    }
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        self.inner.import(seq, len, bytes)
+    }
     fn forget(&mut self, seq: SeqId) {
         self.inner.forget(seq);
     }
     fn state_bytes(&self) -> usize {
         self.inner.state_bytes()
+    }
+    fn resting_bytes(&self) -> usize {
+        self.inner.resting_bytes()
     }
 }
 
@@ -170,7 +203,9 @@ impl World {
             n_ubatch: sizes.n_ubatch,
             n_draft_max: sizes.n_draft_max,
             n_queue_max: 1000,
+            cache: sizes.cache,
             check_memory: true,
+            ..EngineConfig::default()
         };
         let mut engine = Engine::new(target, drafters, vocab.clone(), config);
         if prices.is_some() {
@@ -240,7 +275,10 @@ impl World {
         assert!(!told.is_over(), "{id:?} is over, and then: {event:?}");
         assert_eq!(told.slot.is_none(), matches!(event, Event::Started { .. }), "{id:?} starts once, first");
         match event {
-            Event::Started { slot, .. } => told.slot = Some(slot),
+            Event::Started { slot, n_cached, .. } => {
+                assert!(n_cached < self.requests[&id].prompt.len(), "a token is left to compute");
+                (told.slot, told.n_cached, told.n_prefill) = (Some(slot), n_cached, n_cached);
+            }
             Event::Prefill { n_computed, n_prompt, .. } => {
                 assert!(told.tokens.is_empty(), "{id:?} computes its prompt after its first token");
                 assert!(n_computed > told.n_prefill && n_computed < n_prompt, "{n_computed} of {n_prompt}");
@@ -265,16 +303,23 @@ impl World {
 
     /// What the request gets alone.
     pub fn alone(&self, id: RequestId) -> Answer {
-        alone(&self.model, &self.vocab, &self.requests[&id], self.sizes.n_ctx)
+        alone(&self.model, &self.vocab, &self.requests[&id], self.sizes.n_ctx_of(&self.model))
     }
 
-    /// Every request got what it gets alone, and nothing is left.
-    pub fn check(&self) {
+    /// Every request got what it gets alone, and nothing is left, but for what is cached, which fits and can be dropped.
+    pub fn check(&mut self) {
         for (&id, told) in &self.told {
             self.check_one(id, told);
         }
         let usage = self.engine.usage();
         assert_eq!((usage.n_seq, usage.n_page, usage.bytes), (0, 0, 0), "nothing stays in use");
+        let cached = self.engine.cache_usage();
+        assert_eq!(usage.n_resting, cached.n_snapshot, "what rests is a snapshot");
+        assert!(cached.bytes <= self.sizes.cache.n_byte_max, "{cached:?}");
+        self.engine.clear_cache();
+        let usage = self.engine.usage();
+        assert_eq!((usage.n_resting, usage.n_page_resting, usage.bytes_resting), (0, 0, 0), "all is dropped");
+        assert_eq!(self.states.n_saved(), 0, "no saved state stays behind");
         let traffic = self.states.traffic();
         assert_eq!((self.states.n_page(), traffic.n_alloc), (0, traffic.n_release), "no page stays behind");
         for (log, drafter) in self.logs.iter().zip(self.engine.drafters()) {
@@ -299,13 +344,6 @@ impl World {
                 assert_eq!((End::BadLogits(*position), &ids), (alone.end, &alone.tokens), "{id:?}");
                 assert!(alone.text.starts_with(&told.text), "{id:?}: {:?}", told.text);
             }
-            (Some(Err(RequestError::NoRoom(error))), None) => {
-                assert!(self.sizes.n_cell_max < 10_000, "{id:?}: {error}");
-                assert!(
-                    alone.tokens.starts_with(&ids) && alone.text.starts_with(&told.text),
-                    "{id:?}: {ids:?}"
-                );
-            }
             (None, Some(n_tokens)) => {
                 assert_eq!(ids.len(), *n_tokens, "{id:?}: tokens after a cancel");
                 assert!(
@@ -325,6 +363,11 @@ impl World {
         let (stats, request) = (&told.stats, &self.requests[&id]);
         let n_accepted = told.tokens.iter().filter(|t| t.drafted).count();
         assert_eq!((stats.n_prompt, stats.n_predicted), (request.prompt.len(), told.tokens.len()), "{id:?}");
+        assert_eq!(
+            (stats.n_cached, request.cache_prompt || told.n_cached == 0),
+            (told.n_cached, true),
+            "{id:?}"
+        );
         assert_eq!((stats.n_accepted, n_accepted <= stats.n_draft), (n_accepted, true), "{id:?}");
         let (drafted, accepted) =
             stats.by_position.iter().fold((0, 0), |(d, a), (drafted, accepted)| (d + drafted, a + accepted));

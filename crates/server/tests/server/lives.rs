@@ -93,7 +93,7 @@ fn a_panic_stays_in_its_step() {
     let mut streaming = world.open("/v1/completions", &endless(true));
     streaming.wait_for("data: ");
     // Next in line is the poison, then three that will still be waiting when it is swallowed.
-    let poisoned = world.open("/completion", &json!({ "prompt": POISON }));
+    let poisoned = world.open("/completion", &json!({ "prompt": format!("{POISON}!") }));
     world.wait_for("llamacpp:requests_deferred", 1.0);
     let patient = |i| world.open("/completion", &json!({"prompt": "patient", "seed": i, "n_predict": 5}));
     let waiting: Vec<_> = (0..3).map(patient).collect();
@@ -124,7 +124,7 @@ fn an_engine_that_is_gone_is_said_to_be_gone() {
     let broken = setup.broken.clone();
     let world = World::start(setup);
     broken.store(true, Ordering::Relaxed);
-    assert_eq!(world.post("/completion", json!({ "prompt": POISON })).status, 500);
+    assert_eq!(world.post("/completion", json!({ "prompt": format!("{POISON}!") })).status, 500);
     assert_eq!(world.metric("paceline:engine_up"), 0.0);
     for reply in [world.get("/health"), world.post("/completion", json!({"prompt": "a", "n_predict": 1}))] {
         let error = reply.json()["error"].clone();

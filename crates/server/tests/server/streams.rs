@@ -139,11 +139,15 @@ fn a_native_stream_ends_with_its_last_object() {
 fn progress_of_a_long_prompt_is_reported() {
     let world = World::new();
     let body = json!({"prompt": "z".repeat(100), "n_predict": 1, "stream": true, "return_progress": true, "timings_per_token": true});
-    let events = world.post("/completion", body).events();
+    let events = world.post("/completion", body.clone()).events();
     let progress: Vec<(u64, u64)> = (events.iter().filter_map(|e| e.get("prompt_progress")))
         .map(|p| (p["processed"].as_u64().unwrap(), p["total"].as_u64().unwrap()))
         .collect();
-    assert_eq!(progress, [(32, 100), (64, 100), (96, 100)]);
+    // The last token is a step of its own: a snapshot is taken before it.
+    assert_eq!(progress, [(32, 100), (64, 100), (96, 100), (99, 100)]);
+    let again = world.post("/completion", body).events();
+    assert_eq!(again.iter().filter(|e| e.get("prompt_progress").is_some()).count(), 0, "it is cached");
+    assert_eq!(again.last().unwrap()["timings"]["cache_n"], 99);
 }
 
 #[test]

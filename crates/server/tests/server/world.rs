@@ -52,6 +52,7 @@ impl Default for Setup {
                 n_draft_max: 5,
                 n_queue_max: 8,
                 check_memory: true,
+                ..EngineConfig::default()
             },
             server: ServerConfig::default(),
             parrot: None,

@@ -29,7 +29,9 @@ use paceline_models::{
     blocks::{Attention, AttentionShape, Mlp},
 };
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+};
 use dialect::{ARCHS, Contract, TargetFacts};
 
 /// The registry entry.
@@ -321,6 +323,31 @@ impl Drafter for Dflash {
         }
     }
 
+    fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
+        let Some(&own) = self.sequences.get(&from) else { return false };
+        let Some(fork) = self.memory.fork_prefix(own, len) else { return false };
+        let old = self.sequences.insert(to, fork);
+        assert!(old.is_none(), "{to:?} is known already");
+        true
+    }
+
+    fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
+        let mut out = Vec::new();
+        self.memory.export(*self.sequences.get(&seq)?, &mut out);
+        Some(out)
+    }
+
+    fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {
+        let own = import_of(&mut self.memory, len, bytes)?;
+        let old = self.sequences.insert(seq, own);
+        assert!(old.is_none(), "{seq:?} is known already");
+        Ok(())
+    }
+
+    fn forks_anywhere(&self) -> bool {
+        self.memory.forks_anywhere()
+    }
+
     fn forget(&mut self, seq: SeqId) {
         if let Some(own) = self.sequences.remove(&seq) {
             self.memory.free(own);
@@ -328,7 +355,12 @@ impl Drafter for Dflash {
     }
 
     fn state_bytes(&self) -> usize {
-        self.memory.usage().bytes
+        let usage = self.memory.usage();
+        usage.bytes + usage.bytes_resting
+    }
+
+    fn resting_bytes(&self) -> usize {
+        self.memory.usage().bytes_resting
     }
 }
 

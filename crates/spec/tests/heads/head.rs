@@ -185,7 +185,7 @@ fn files_without_a_head_are_refused() {
     assert!(error.contains("blk.4.nextn.hnorm.weight"), "{error}");
 }
 
-/// Drafts of several sequences in one call, between commits in pieces of any size, forgotten and begun anew: each is
+/// Drafts of several sequences in one call, between commits in pieces of any size, forgotten and begun anew, forked: each is
 /// what a fresh drafter makes of the same tokens, bit for bit. Two sequences in one step are where others crashed.
 #[test]
 fn any_history_drafts_as_a_fresh_drafter() {
@@ -197,7 +197,7 @@ fn any_history_drafts_as_a_fresh_drafter() {
         let mut rng = Rng::new(seed);
         let mut rig = Rig::of(&golden());
         let mut slots: Vec<(SeqId, usize)> = (0..n_slot).map(|_| (rig.ids.create(), 0)).collect();
-        let mut n_compared = 0;
+        let (mut n_compared, mut n_fork) = (0, 0);
         for _ in 0..30 {
             for slot in &mut slots {
                 let n = rng.range(0..9).min(n_all - 1 - slot.1);
@@ -224,10 +224,32 @@ fn any_history_drafts_as_a_fresh_drafter() {
                 assert_eq!(got, want, "{n_slot} slots, {n} tokens");
                 n_compared += 1;
             }
+            // One goes on where another is, before the draft's rows are final, and at times after some time as bytes.
+            let (from, n) = slots[rng.range(0..n_slot)];
+            if n > 0 && rng.chance(0.5) {
+                let mut to = rig.ids.create();
+                assert!(!rig.drafter.fork(from, to, n - 1), "the state behind an earlier token is not kept");
+                assert!(rig.drafter.fork(from, to, n));
+                if rng.chance(0.5) {
+                    let bytes = rig.drafter.export(to).unwrap();
+                    rig.drafter.forget(to);
+                    to = rig.ids.create();
+                    let before = rig.drafter.state_bytes();
+                    assert!(rig.drafter.import(to, n + 1, &bytes).is_err(), "of another length");
+                    assert!(rig.drafter.import(to, n, &bytes[..bytes.len() - 1]).is_err(), "cut");
+                    assert_eq!(rig.drafter.state_bytes(), before);
+                    rig.drafter.import(to, n, &bytes).unwrap();
+                }
+                assert!(rig.drafter.resting_bytes() > 0);
+                let slot = rng.range(0..n_slot);
+                rig.drafter.forget(slots[slot].0);
+                slots[slot] = (to, n);
+                n_fork += 1;
+            }
         }
         slots.iter().for_each(|slot| rig.drafter.forget(slot.0));
         assert_eq!(rig.drafter.state_bytes(), 0);
-        assert!(n_compared >= 20 * n_slot);
+        assert!(n_compared >= 20 * n_slot && n_fork > 5, "{n_fork} forks");
     }
 }
 

@@ -4,5 +4,6 @@
 #[allow(dead_code, reason = "shared with the tests of another drafter")]
 mod rig;
 
+mod copies;
 mod head;
 mod small;

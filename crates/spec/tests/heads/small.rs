@@ -52,7 +52,37 @@ fn continuation(target: &Target, tokens: &[u32], n: usize) -> Vec<u32> {
     got
 }
 
-fn check(name: &str) {
+type Slot = (SeqId, Vec<u32>, usize);
+
+/// One goes on where another is, at times by way of bytes, if that `works`.
+fn fork(drafter: &mut dyn Drafter, ids: &mut Memory, rng: &mut Rng, slots: &mut [Slot], works: bool) {
+    let (from, tokens, n) = slots[rng.range(0..slots.len())].clone();
+    if n == 0 || rng.chance(0.3) {
+        return;
+    }
+    let mut to = ids.create();
+    assert_eq!(drafter.fork(from, to, n), works);
+    if !works {
+        return;
+    }
+    if rng.chance(0.5) {
+        let bytes = drafter.export(to).unwrap();
+        drafter.forget(to);
+        to = ids.create();
+        let before = drafter.state_bytes();
+        for cut in [0, 3, bytes.len() - 1] {
+            assert!(drafter.import(to, n, &bytes[..cut]).is_err(), "{cut}");
+        }
+        assert_eq!(drafter.state_bytes(), before);
+        drafter.import(to, n, &bytes).unwrap();
+    }
+    assert!(drafter.resting_bytes() > 0);
+    let slot = rng.range(0..slots.len());
+    drafter.forget(slots[slot].0);
+    slots[slot] = (to, tokens, n);
+}
+
+fn check(name: &str, is_hybrid: bool) {
     let target = target(name);
     let n_vocab = target.model.hparams().n_vocab;
     for n_slot in [1, 2, 5, 8] {
@@ -61,8 +91,7 @@ fn check(name: &str) {
         let mut rng = Rng::new(seed);
         let mut drafter = small(&target, 4096);
         let mut ids: Memory = seq_ids();
-        let mut slots: Vec<(SeqId, Vec<u32>, usize)> =
-            (0..n_slot).map(|_| (ids.create(), vec![], 0)).collect();
+        let mut slots: Vec<Slot> = (0..n_slot).map(|_| (ids.create(), vec![], 0)).collect();
         for _ in 0..6 {
             for (seq, tokens, n_committed) in &mut slots {
                 if rng.chance(0.15) {
@@ -84,6 +113,7 @@ fn check(name: &str) {
                 }
                 *n_committed = n_final;
             }
+            fork(&mut *drafter, &mut ids, &mut rng, &mut slots, true);
             let asked: Vec<(SeqId, usize, u32)> =
                 slots.iter().map(|(seq, tokens, n)| (*seq, *n, tokens[*n])).collect();
             let n_max = rng.range(1..N_DRAFT + 1);
@@ -96,6 +126,8 @@ fn check(name: &str) {
                 tokens.extend(&want[..rng.range(0..n_max + 1)]);
                 tokens.push(rng.range(0..n_vocab) as u32);
             }
+            // Here it has the anchor already, which a recurrent state can't give back.
+            fork(&mut *drafter, &mut ids, &mut rng, &mut slots, !is_hybrid);
         }
         slots.iter().for_each(|(seq, ..)| drafter.forget(*seq));
         assert_eq!(drafter.state_bytes(), 0, "forks and all");
@@ -104,12 +136,12 @@ fn check(name: &str) {
 
 #[test]
 fn a_hybrid_drafts_its_own_continuation() {
-    check("qwen35-mtp");
+    check("qwen35-mtp", true);
 }
 
 #[test]
 fn a_decoder_drafts_its_own_continuation() {
-    check("llama");
+    check("llama", false);
 }
 
 #[test]
