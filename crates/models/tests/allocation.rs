@@ -67,7 +67,6 @@ fn check(name: &str, kv: KvType) {
         let before = COUNT.load(Ordering::Relaxed);
         exec.run(&step, &mut out);
         let n_allocation = COUNT.load(Ordering::Relaxed) - before;
-        drop(lanes);
         for seq in seqs {
             memory.commit(seq, 1);
         }
