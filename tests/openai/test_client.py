@@ -75,6 +75,11 @@ def test_chat_with_parts_and_roles(client):
     assert chat(client, talk).choices[0].message.content
 
 
+def counts(usage):
+    """What is counted whoever asked the same before: how much of a prompt came from the cache is not."""
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def test_speculation_is_reported(client):
     timings = chat(client).timings
     assert 0 < timings["draft_n_accepted"] <= timings["draft_n"], timings
@@ -92,7 +97,7 @@ def test_stream(client):
         assert all(chunk.object == "chat.completion.chunk" for chunk in chunks)
         *parts, last = chunks
         assert all(chunk.usage is None for chunk in parts)
-        assert last.choices == [] and last.usage == whole.usage, last
+        assert last.choices == [] and counts(last.usage) == counts(whole.usage), last
         assert last.timings["draft_n"] == whole.timings["draft_n"], last
         assert parts[0].choices[0].delta.role == "assistant", parts[0]
         text = "".join(chunk.choices[0].delta.content or "" for chunk in parts)
@@ -150,7 +155,7 @@ def test_completion(client):
     assert reply.timings["draft_n"] > 0, reply.timings
     chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == reply.choices[0].text
-    assert chunks[-1].choices == [] and chunks[-1].usage == reply.usage, chunks[-1]
+    assert chunks[-1].choices == [] and counts(chunks[-1].usage) == counts(reply.usage), chunks[-1]
     tokens = complete(client, prompt=[1, 2, 3, 4], max_tokens=3)
     assert tokens.usage.prompt_tokens == 4, tokens
 
@@ -276,7 +281,8 @@ def test_asynchronously(client):
 def main():
     tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
     failed = 0
-    with Serving(sys.argv[1], "-np", "4", "--api-key", KEY) as server:
+    # Drafts of full length: on the toy they cost more than they gain, and left to itself the server soon makes none.
+    with Serving(sys.argv[1], "-np", "4", "--draft-fixed", "--api-key", KEY) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY, timeout=60, max_retries=0)
         for name, test in tests:
             try:
