@@ -18,7 +18,7 @@ fn its_commands_are_understood() {
         let mut args: Vec<&str> = args.split_whitespace().take_while(|word| !word.starts_with('"')).collect();
         n += 1;
         match args[..] {
-            ["run", "-p"] => args.extend(["Hi", "-n", "1"]),
+            ["run", .., "-p"] => args.extend(["Hi", "-n", "1"]),
             ["serve"] => continue, // tests/e2e starts many
             ["serve", ..] => args.extend(["--port", "0"]),
             _ => {}
