@@ -34,16 +34,6 @@ pub struct KernelTable {
     pub isa: &'static str,
     /// What is plain Rust, compiled for this instruction set; the same bits in every table.
     pub rows: RowOps,
-    /// `Σ a[i]·b[i]`; equal lengths.
-    pub dot: fn(a: &[f32], b: &[f32]) -> f32,
-    /// `Σ a[i]·b[i]` with half-precision `b`, widened before the product; equal lengths.
-    pub dot_f16: fn(a: &[f32], b: &[f16]) -> f32,
-    /// `acc[i] += a·x[i]`; equal lengths.
-    pub axpy: fn(acc: &mut [f32], a: f32, x: &[f32]),
-    /// `acc[i] += a·x[i]` with half-precision `x`; equal lengths.
-    pub axpy_f16: fn(acc: &mut [f32], a: f32, x: &[f16]),
-    /// `x[i] *= a`.
-    pub scale: fn(x: &mut [f32], a: f32),
     /// The product of some weight rows with all rows of `x`: see [`matmul_tile`](crate::matmul).
     pub matmul_tile: MatmulTile,
     /// One token of the gated delta rule, with its output: see [`delta`](crate::delta).
@@ -52,6 +42,8 @@ pub struct KernelTable {
     pub delta_advance: fn(state: &mut [f32], token: &DeltaToken<'_>),
     /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
     pub attend_block: fn(call: &mut BlockCall<'_>),
+    /// Halves as floats, exactly; equal lengths.
+    pub widen_f16: fn(from: &[f16], to: &mut [f32]),
 }
 
 /// `x [n, n_in]` times weight rows `[m, n_in]` gives `out [n, m]`: see [`matmul`](crate::matmul).

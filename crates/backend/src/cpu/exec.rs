@@ -50,8 +50,6 @@ pub(super) struct CpuExec {
     groups: Vec<Groups>,
     share_from: Nanos,
     ropes: Ropes,
-    /// Lane of each row of the step.
-    lane_of_row: Vec<u32>,
     /// For each task of a wave, the number of tiles up to its end.
     ends: Vec<usize>,
     /// Memory for the writers of a wave; empty between waves.
@@ -128,7 +126,6 @@ pub(super) struct Cx<'a> {
     pub pages: SharedMut<'a, Option<KvBytes>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
-    pub lane_of_row: &'a [u32],
     pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     /// What the step hands out, output and taps: computed where the caller keeps it.
@@ -302,7 +299,6 @@ impl CpuExec {
             groups,
             share_from: SHARE_FROM,
             ropes,
-            lane_of_row: Vec::new(),
             ends: Vec::new(),
             writers: Vec::new(),
         }
@@ -336,9 +332,7 @@ impl Exec for CpuExec {
         self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
         let inner = &mut *inner;
-        self.lane_of_row.resize(step.n_rows(), 0);
-        for (i, lane) in step.lanes.iter().enumerate() {
-            self.lane_of_row[lane.rows.clone()].fill(i as u32);
+        for lane in step.lanes {
             if let Some(slot) = lane.slot {
                 let n_tentative = lane.rows.len() - lane.n_certain;
                 assert!(
@@ -377,7 +371,6 @@ impl Exec for CpuExec {
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
-            lane_of_row: &self.lane_of_row,
             ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             results: [SharedMut::new(&mut out.output), SharedMut::new(&mut out.taps)],

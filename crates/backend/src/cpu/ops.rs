@@ -36,8 +36,6 @@ pub(super) const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
 const TILE_BYTES_BUSY: usize = 32 << 10;
 /// From how many columns on.
 const BUSY_COLUMNS: usize = 4;
-/// Rows that a tile of `kv_append` writes.
-const APPEND_ROWS: usize = 16;
 /// Channels that a tile of a convolution handles.
 const TILE_CHANNELS: usize = 256;
 /// Taps of a convolution that need no allocation; known models have 4.
@@ -218,7 +216,7 @@ impl CpuOp {
                 (n, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n, n_threads)),
                 (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
-            Op::KvAppend { .. } => cx.step.n_rows().div_ceil(APPEND_ROWS),
+            Op::KvAppend { .. } => cx.step.lanes.len() * self.kv().n_head,
             Op::Attention(op) => self.attention(op).n_tiles(cx, n_threads),
             Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
             Op::DeltaRule { .. } => cx.step.lanes.len() * self.delta().1.n_head_v,
@@ -284,8 +282,8 @@ impl CpuOp {
                 None => self.matmul(cx, n_threads, tile, *src, *dst),
             },
             Op::KvAppend { k, v, .. } => {
-                let end = cx.step.n_rows().min((tile + 1) * APPEND_ROWS);
-                (tile * APPEND_ROWS..end).for_each(|row| self.kv().append(cx, row, *k, *v));
+                let place = self.kv();
+                place.append(cx, &cx.step.lanes[tile / place.n_head], tile % place.n_head, *k, *v);
             }
             Op::Attention(op) => self.attention(op).run(cx, n_threads, tile),
             Op::ShortConv { src, dst, .. } => {

@@ -124,16 +124,14 @@ impl CpuStates {
         let mut offsets = Vec::with_capacity(decls.len());
         let mut layouts = Vec::with_capacity(decls.len());
         for decl in decls {
-            let mut part = |bytes_of: &dyn Fn(usize) -> usize| {
+            offsets.push([0, 1].map(|part| {
                 let start = page_bytes;
                 if let StateDecl::Kv { n_head, head_dim } = *decl {
-                    let bytes: usize = n_head * config.page_len * bytes_of(head_dim);
+                    let bytes = n_head * config.kv.head_bytes(head_dim, config.page_len)[part];
                     page_bytes += bytes.next_multiple_of(LINE);
                 }
                 start
-            };
-            let types = config.kv;
-            offsets.push([part(&|n| types.k.row_bytes(n)), part(&|n| types.v.row_bytes(n))]);
+            }));
             layouts.push(SlotLayout {
                 start: slot_width,
                 len: decl.slot_width(),
