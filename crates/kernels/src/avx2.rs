@@ -1,7 +1,7 @@
 //! Kernels for AVX2 with FMA and F16C: eight floats in a vector.
 
 use crate::attention::BlockCall;
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::matmul::WeightRows;
 use crate::simd::{self, Simd, kernel_table};
 use crate::table::KernelTable;

@@ -2,7 +2,7 @@
 //! read; a sum is taken front to back, a product and its addition round separately.
 
 use crate::attention::{BLOCK, BlockCall, Cells, Q_GROUP};
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::kv::KEY_GROUP;
 use crate::matmul::WeightRows;
 use crate::table::KernelTable;
@@ -15,6 +15,7 @@ pub const TABLE: KernelTable = KernelTable {
     matmul_tile,
     delta_step,
     delta_advance,
+    delta_run,
     attend_block,
     widen_f16,
 };
@@ -56,6 +57,16 @@ fn delta_advance(state: &mut [f32], token: &DeltaToken<'_>) {
         scale(row, token.decay);
         let d = token.beta * (v - dot(row, token.k));
         axpy(row, d, token.k);
+    }
+}
+
+fn delta_run(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) {
+    run.check(state, q, out);
+    for t in 0..run.n() {
+        match q.get(t * run.dim_k..(t + 1) * run.dim_k) {
+            Some(q) => delta_step(state, &run.token(t), q, &mut out[t * run.dim_v()..(t + 1) * run.dim_v()]),
+            None => delta_advance(state, &run.token(t)),
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 
 use crate::act::softcap;
 use crate::attention::{BLOCK, BlockCall, Cells, Q_GROUP, SUMS};
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::kv::KEY_GROUP;
 use crate::matmul::WeightRows;
 use half::{bf16, f16};
@@ -277,6 +277,126 @@ pub(crate) unsafe fn delta<S: Simd, const OUTPUT: bool>(
             }
             if OUTPUT {
                 out[j] = read.sum();
+            }
+        }
+    }
+}
+
+/// Rows of a delta state that go through a run's tokens together, to hide the latency of each other's sums.
+const DELTA_ROWS: usize = 2;
+
+/// Several tokens of the delta rule, bit for bit [`delta`] for each; with outputs where there are queries.
+///
+/// # Safety
+/// The CPU has the features of `S`; `DeltaRun::check` has passed.
+#[inline(always)]
+pub(crate) unsafe fn delta_run<S: Simd>(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) {
+    // SAFETY: the caller's promise; a row that is so many vectors wide fits in registers.
+    unsafe {
+        match (run.dim_k == 8 * S::LANES, run.dim_k == 4 * S::LANES, q.is_empty()) {
+            (true, _, false) if S::LANES == 16 => return delta_rows::<S, 8, true>(state, run, q, out),
+            (true, _, true) if S::LANES == 16 => return delta_rows::<S, 8, false>(state, run, q, out),
+            (_, true, false) => return delta_rows::<S, 4, true>(state, run, q, out),
+            (_, true, true) => return delta_rows::<S, 4, false>(state, run, q, out),
+            _ => {}
+        }
+        let (dim_k, dim_v) = (run.dim_k, run.dim_v());
+        for t in 0..run.n() {
+            if q.is_empty() {
+                delta::<S, false>(state, &run.token(t), &[], &mut []);
+            } else {
+                let (q, out) = (&q[t * dim_k..(t + 1) * dim_k], &mut out[t * dim_v..(t + 1) * dim_v]);
+                delta::<S, true>(state, &run.token(t), q, out);
+            }
+        }
+    }
+}
+
+/// The same for rows of `V` vectors, which stay in registers from token to token.
+///
+/// # Safety
+/// As for [`delta_run`]; `dim_k` is `V` vectors; with `OUTPUT` there are queries.
+#[inline(always)]
+unsafe fn delta_rows<S: Simd, const V: usize, const OUTPUT: bool>(
+    state: &mut [f32],
+    run: &DeltaRun<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let dim_v = run.dim_v();
+    let mut j = 0;
+    // SAFETY: by contract; there are as many rows left as are taken.
+    unsafe {
+        while j + DELTA_ROWS <= dim_v {
+            delta_row_block::<S, V, DELTA_ROWS, OUTPUT>(state, run, q, out, j);
+            j += DELTA_ROWS;
+        }
+        while j < dim_v {
+            delta_row_block::<S, V, 1, OUTPUT>(state, run, q, out, j);
+            j += 1;
+        }
+    }
+}
+
+/// Rows `j..j + R`.
+///
+/// # Safety
+/// As for [`delta_rows`]; the state has these rows.
+#[inline(always)]
+unsafe fn delta_row_block<S: Simd, const V: usize, const R: usize, const OUTPUT: bool>(
+    state: &mut [f32],
+    run: &DeltaRun<'_>,
+    q: &[f32],
+    out: &mut [f32],
+    j: usize,
+) {
+    let (n, dim_k, dim_v) = (run.n(), V * S::LANES, run.dim_v());
+    let (k, v, q, out) = (run.k.as_ptr(), run.v.as_ptr(), q.as_ptr(), out.as_mut_ptr());
+    // SAFETY: row `j + r` has `dim_k` floats, and so have the key and the query of each of `n` tokens; values and outputs `dim_v`.
+    unsafe {
+        let base = state.as_mut_ptr().add(j * dim_k);
+        let mut rows = [[S::splat(0.0); V]; R];
+        for r in 0..R {
+            for i in 0..V {
+                rows[r][i] = S::load(base.add(r * dim_k + i * S::LANES));
+            }
+        }
+        for t in 0..n {
+            let decay = S::splat(run.decay[t]);
+            let mut recalled = [S::splat(0.0); R];
+            for i in 0..V {
+                let k = S::load(k.add(t * dim_k + i * S::LANES));
+                for r in 0..R {
+                    rows[r][i] = rows[r][i].mul(decay);
+                    recalled[r] = rows[r][i].mul_add(k, recalled[r]);
+                }
+            }
+            let mut d = [S::splat(0.0); R];
+            for r in 0..R {
+                d[r] = S::splat(run.beta[t] * (*v.add(t * dim_v + j + r) - recalled[r].sum()));
+            }
+            let mut read = [S::splat(0.0); R];
+            for i in 0..V {
+                let k = S::load(k.add(t * dim_k + i * S::LANES));
+                for r in 0..R {
+                    rows[r][i] = d[r].mul_add(k, rows[r][i]);
+                }
+                if OUTPUT {
+                    let q = S::load(q.add(t * dim_k + i * S::LANES));
+                    for r in 0..R {
+                        read[r] = rows[r][i].mul_add(q, read[r]);
+                    }
+                }
+            }
+            if OUTPUT {
+                for r in 0..R {
+                    *out.add(t * dim_v + j + r) = read[r].sum();
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..V {
+                rows[r][i].store(base.add(r * dim_k + i * S::LANES));
             }
         }
     }
@@ -592,6 +712,7 @@ macro_rules! kernel_table {
                 matmul_tile,
                 delta_step,
                 delta_advance,
+                delta_run,
                 attend_block,
                 widen_f16,
             })
@@ -609,6 +730,9 @@ macro_rules! kernel_table {
         kernel_table!(@kernel $features,
             delta_advance(state: &mut [f32], token: &DeltaToken<'_>) -> (),
             token.check_state(state), simd::delta::<$vector, false>(state, token, &[], &mut []));
+        kernel_table!(@kernel $features,
+            delta_run(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) -> (),
+            run.check(state, q, out), simd::delta_run::<$vector>(state, run, q, out));
         kernel_table!(@kernel $features, attend_block(call: &mut BlockCall<'_>) -> (),
             call.check(), simd::attend_block::<$vector>(call));
         kernel_table!(@kernel $features, widen_f16(from: &[f16], to: &mut [f32]) -> (),

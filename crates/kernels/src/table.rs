@@ -6,7 +6,7 @@
 //! tests run on each, and a bug report can say whether `scalar` agrees.
 
 use crate::attention::BlockCall;
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::row_ops::RowOps;
 use half::f16;
 use std::sync::OnceLock;
@@ -40,6 +40,8 @@ pub struct KernelTable {
     pub delta_step: fn(state: &mut [f32], token: &DeltaToken<'_>, q: &[f32], out: &mut [f32]),
     /// The state after the same token, bit for bit, without the output.
     pub delta_advance: fn(state: &mut [f32], token: &DeltaToken<'_>),
+    /// Several tokens, bit for bit one after the other; `q` and `out` may both be empty.
+    pub delta_run: fn(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]),
     /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
     pub attend_block: fn(call: &mut BlockCall<'_>),
     /// Halves as floats, exactly; equal lengths.
