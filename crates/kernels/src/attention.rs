@@ -470,6 +470,16 @@ impl<'a> KvHead<'a> {
             read(table, ty, bytes, widened);
             return Cells::F32(widened);
         }
+        if !bytes.is_empty() {
+            row.resize(BLOCK * dim, 0.0);
+            ty.read(bytes, row);
+            for (rows, group) in
+                row.chunks_exact(KEY_GROUP * dim).zip(widened.chunks_exact_mut(KEY_GROUP * dim))
+            {
+                (table.interleave)(rows, group);
+            }
+            return Cells::F32(widened);
+        }
         let row_bytes = ty.row_bytes(dim);
         self.runs(0, block, seen, |first, keys, cells| {
             for (c, cell) in (first..).zip(cells) {
@@ -479,8 +489,8 @@ impl<'a> KvHead<'a> {
                     continue;
                 }
                 row.resize(dim, 0.0);
-                ty.read(&keys[cell * row_bytes..(cell + 1) * row_bytes], row);
-                to.iter_mut().step_by(KEY_GROUP).zip(&*row).for_each(|(to, x)| *to = *x);
+                ty.read(&keys[cell * row_bytes..(cell + 1) * row_bytes], &mut row[..dim]);
+                to.iter_mut().step_by(KEY_GROUP).zip(&row[..dim]).for_each(|(to, x)| *to = *x);
             }
         });
         Cells::F32(widened)
@@ -786,6 +796,21 @@ mod tests {
         let results: Vec<f32> = results.collect();
         assert!(results.iter().all(|x| *x == results[0] || x.is_nan() && results[0].is_nan()), "{results:?}");
         results[0]
+    }
+
+    #[test]
+    fn keys_are_interleaved() {
+        for dim in [1, 8, 31, 32, 64, 129] {
+            let rows = noise(KEY_GROUP * dim, 1.0);
+            for table in KernelTable::available() {
+                let mut out = vec![f32::NAN; rows.len()];
+                (table.interleave)(&rows, &mut out);
+                for c in 0..KEY_GROUP {
+                    let key = out[c..].iter().step_by(KEY_GROUP);
+                    assert!(key.eq(&rows[c * dim..(c + 1) * dim]), "{} cell {c} of {dim}", table.isa);
+                }
+            }
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::attention::BlockCall;
 use crate::delta::{DeltaRun, DeltaToken};
 use crate::matmul::WeightRows;
-use crate::simd::{self, Simd, kernel_table};
+use crate::simd::{self, MAX_LANES, Simd, kernel_table};
 use crate::table::KernelTable;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -125,6 +125,33 @@ impl Simd for F32x8 {
         unsafe {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(v: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        // Floats of pairs of vectors, then pairs of fours, then the halves across.
+        // SAFETY: AVX by contract.
+        unsafe {
+            let mut a = v;
+            for i in (0..8).step_by(2) {
+                a[i] = Self(_mm256_unpacklo_ps(v[i].0, v[i + 1].0));
+                a[i + 1] = Self(_mm256_unpackhi_ps(v[i].0, v[i + 1].0));
+            }
+            let mut b = a;
+            for q in (0..8).step_by(4) {
+                let of = |i: usize| _mm256_castps_pd(a[q + i].0);
+                b[q] = Self(_mm256_castpd_ps(_mm256_unpacklo_pd(of(0), of(2))));
+                b[q + 1] = Self(_mm256_castpd_ps(_mm256_unpackhi_pd(of(0), of(2))));
+                b[q + 2] = Self(_mm256_castpd_ps(_mm256_unpacklo_pd(of(1), of(3))));
+                b[q + 3] = Self(_mm256_castpd_ps(_mm256_unpackhi_pd(of(1), of(3))));
+            }
+            let mut out = b;
+            for j in 0..4 {
+                out[j] = Self(_mm256_permute2f128_ps::<0x20>(b[j].0, b[4 + j].0));
+                out[4 + j] = Self(_mm256_permute2f128_ps::<0x31>(b[j].0, b[4 + j].0));
+            }
+            out
         }
     }
 

@@ -3,7 +3,7 @@
 use crate::attention::BlockCall;
 use crate::delta::{DeltaRun, DeltaToken};
 use crate::matmul::WeightRows;
-use crate::simd::{self, Simd, kernel_table};
+use crate::simd::{self, MAX_LANES, Simd, kernel_table};
 use crate::table::KernelTable;
 use half::{bf16, f16};
 use std::arch::x86_64::*;
@@ -135,6 +135,45 @@ impl Simd for F32x16 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
             Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(v: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        // Floats of pairs of vectors, then pairs of fours, then the 128-bit parts across.
+        // SAFETY: AVX-512F by contract.
+        unsafe {
+            let mut a = v;
+            for i in (0..16).step_by(2) {
+                a[i] = Self(_mm512_unpacklo_ps(v[i].0, v[i + 1].0));
+                a[i + 1] = Self(_mm512_unpackhi_ps(v[i].0, v[i + 1].0));
+            }
+            // b[4 q + j], part p: lane 4 p + j of vectors 4 q .. 4 q + 4.
+            let mut b = a;
+            for q in (0..16).step_by(4) {
+                let of = |i: usize| _mm512_castps_pd(a[q + i].0);
+                b[q] = Self(_mm512_castpd_ps(_mm512_unpacklo_pd(of(0), of(2))));
+                b[q + 1] = Self(_mm512_castpd_ps(_mm512_unpackhi_pd(of(0), of(2))));
+                b[q + 2] = Self(_mm512_castpd_ps(_mm512_unpacklo_pd(of(1), of(3))));
+                b[q + 3] = Self(_mm512_castpd_ps(_mm512_unpackhi_pd(of(1), of(3))));
+            }
+            let mut out = b;
+            for j in 0..4 {
+                let (x, y, z, w) = (b[j].0, b[4 + j].0, b[8 + j].0, b[12 + j].0);
+                let even = (
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(x, y),
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(z, w),
+                );
+                let odd = (
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(x, y),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(z, w),
+                );
+                out[j] = Self(_mm512_shuffle_f32x4::<0b10_00_10_00>(even.0, even.1));
+                out[8 + j] = Self(_mm512_shuffle_f32x4::<0b11_01_11_01>(even.0, even.1));
+                out[4 + j] = Self(_mm512_shuffle_f32x4::<0b10_00_10_00>(odd.0, odd.1));
+                out[12 + j] = Self(_mm512_shuffle_f32x4::<0b11_01_11_01>(odd.0, odd.1));
+            }
+            out
         }
     }
 

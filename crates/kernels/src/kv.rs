@@ -228,6 +228,16 @@ impl KvType {
     }
 }
 
+/// Panics unless both are the keys of a group.
+pub(crate) fn check_group(rows: &[f32], out: &[f32]) {
+    assert!(
+        rows.len() == out.len() && rows.len().is_multiple_of(KEY_GROUP),
+        "{} keys of a group, {}",
+        rows.len(),
+        out.len()
+    );
+}
+
 fn put_key<T: Copy>(key: &[f32], narrow: impl Fn(f32) -> T, cell: usize, keys: &mut [T]) {
     let first = cell / KEY_GROUP * KEY_GROUP * key.len() + cell % KEY_GROUP;
     let places = keys[first..].iter_mut().step_by(KEY_GROUP);

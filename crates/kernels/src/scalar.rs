@@ -3,7 +3,7 @@
 
 use crate::attention::{BLOCK, BlockCall, Cells, Q_GROUP};
 use crate::delta::{DeltaRun, DeltaToken};
-use crate::kv::KEY_GROUP;
+use crate::kv::{KEY_GROUP, check_group};
 use crate::matmul::WeightRows;
 use crate::table::KernelTable;
 use half::f16;
@@ -17,6 +17,7 @@ pub const TABLE: KernelTable = KernelTable {
     delta_advance,
     delta_run,
     attend_block,
+    interleave,
     widen_f16,
 };
 
@@ -67,6 +68,14 @@ fn delta_run(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) 
             Some(q) => delta_step(state, &run.token(t), q, &mut out[t * run.dim_v()..(t + 1) * run.dim_v()]),
             None => delta_advance(state, &run.token(t)),
         }
+    }
+}
+
+fn interleave(rows: &[f32], out: &mut [f32]) {
+    check_group(rows, out);
+    let dim = rows.len() / KEY_GROUP;
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = rows[i % KEY_GROUP * dim + i / KEY_GROUP];
     }
 }
 

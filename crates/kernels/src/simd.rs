@@ -48,6 +48,8 @@ pub(crate) trait Simd: Copy {
     /// `self · 2^n`, where `shifted = n + 1.5·2^23` and the result is neither tiny nor huge.
     unsafe fn scale_by_power(self, shifted: Self) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// Lane `i` of result `j` is lane `j` of vector `i`, of the first `LANES` vectors.
+    unsafe fn transpose(vectors: [Self; MAX_LANES]) -> [Self; MAX_LANES];
     /// Fetches the cache line at `from` before it is read. Any address will do.
     fn prefetch(from: *const u8);
 }
@@ -402,6 +404,36 @@ unsafe fn delta_row_block<S: Simd, const V: usize, const R: usize, const OUTPUT:
     }
 }
 
+/// Rows `[KEY_GROUP, dim]` as a group `[dim, KEY_GROUP]`.
+///
+/// # Safety
+/// The CPU has the features of `S`; both have that length.
+#[inline(always)]
+pub(crate) unsafe fn interleave<S: Simd>(rows: &[f32], out: &mut [f32]) {
+    let dim = rows.len() / KEY_GROUP;
+    let n = dim / S::LANES * S::LANES;
+    // SAFETY: rows `c..c + LANES` and dimensions `d..d + LANES` are inside.
+    unsafe {
+        for c in (0..KEY_GROUP).step_by(S::LANES) {
+            for d in (0..n).step_by(S::LANES) {
+                let mut tile = [S::splat(0.0); MAX_LANES];
+                for i in 0..S::LANES {
+                    tile[i] = S::load(rows.as_ptr().add((c + i) * dim + d));
+                }
+                let tile = S::transpose(tile);
+                for j in 0..S::LANES {
+                    tile[j].store(out.as_mut_ptr().add((d + j) * KEY_GROUP + c));
+                }
+            }
+        }
+    }
+    for d in n..dim {
+        for c in 0..KEY_GROUP {
+            out[d * KEY_GROUP + c] = rows[c * dim + d];
+        }
+    }
+}
+
 /// Halves as floats, of any length.
 ///
 /// # Safety
@@ -714,6 +746,7 @@ macro_rules! kernel_table {
                 delta_advance,
                 delta_run,
                 attend_block,
+                interleave,
                 widen_f16,
             })
         }
@@ -735,6 +768,8 @@ macro_rules! kernel_table {
             run.check(state, q, out), simd::delta_run::<$vector>(state, run, q, out));
         kernel_table!(@kernel $features, attend_block(call: &mut BlockCall<'_>) -> (),
             call.check(), simd::attend_block::<$vector>(call));
+        kernel_table!(@kernel $features, interleave(rows: &[f32], out: &mut [f32]) -> (),
+            crate::kv::check_group(rows, out), simd::interleave::<$vector>(rows, out));
         kernel_table!(@kernel $features, widen_f16(from: &[f16], to: &mut [f32]) -> (),
             assert_eq!(from.len(), to.len()), simd::widen_f16::<$vector>(from, to));
     };

@@ -44,6 +44,8 @@ pub struct KernelTable {
     pub delta_run: fn(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]),
     /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
     pub attend_block: fn(call: &mut BlockCall<'_>),
+    /// Keys of [`KEY_GROUP`](crate::kv::KEY_GROUP) cells, row by row, as a group of them, dimension by dimension.
+    pub interleave: fn(rows: &[f32], out: &mut [f32]),
     /// Halves as floats, exactly; equal lengths.
     pub widen_f16: fn(from: &[f16], to: &mut [f32]),
 }
