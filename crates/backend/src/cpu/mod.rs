@@ -84,6 +84,12 @@ impl CpuBackend {
         })
     }
 
+    /// With the kernels of another instruction set, by the name that `PACELINE_ISA` takes: for comparison.
+    pub fn with_isa(self, isa: &str) -> Result<CpuBackend, Error> {
+        let table = KernelTable::choose(Some(isa)).map_err(|e| Error::Kernels(e.to_string()))?;
+        Ok(CpuBackend { kernels: Kernels { table, packed: PackedTable::of(table) }, ..self })
+    }
+
     /// Calls `report(done, all)` while the matrices of a plan are packed, with bytes of the file: often, and from several
     /// threads. A plan whose matrices have all been packed reports nothing.
     pub fn on_progress(self, report: impl Fn(usize, usize) + Send + Sync + 'static) -> CpuBackend {
