@@ -41,6 +41,9 @@ pub struct PerplexityArgs {
     /// Most windows of the text; -1 is all
     #[arg(long, value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     chunks: i64,
+    /// Reads the texts of control tokens, such as turn markers, as these tokens
+    #[arg(long)]
+    parse_special: bool,
     /// Keeps the logits of all scored tokens in this file, 4 bytes for each token of the vocabulary
     #[arg(long, visible_alias = "save-all-logits", value_name = "FILE")]
     kl_divergence_base: Option<PathBuf>,
@@ -161,7 +164,8 @@ fn tokens(
         return Ok(reference.tokens().to_vec());
     };
     let text = std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
-    let mut tokens = loaded.tokenizer.encode(&text, Encode { add_bos: true, parse_special: false });
+    let mut tokens =
+        loaded.tokenizer.encode(&text, Encode { add_bos: true, parse_special: args.parse_special });
     let n_chunk = (tokens.len() / n_ctx).min(n_max);
     ensure!(
         n_chunk > 0,

@@ -7,6 +7,8 @@ mod flags;
 mod hub;
 mod inspect;
 mod pair;
+mod perplexity;
+mod quantize;
 mod readme;
 mod run;
 mod serve;
