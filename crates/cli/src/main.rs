@@ -10,6 +10,7 @@ mod chat;
 mod convert;
 mod flags;
 mod hub;
+mod imatrix;
 mod inspect;
 mod later_flags;
 mod load;
@@ -62,6 +63,8 @@ enum Command {
     Synth(synth::SynthArgs),
     Quantize(quantize::QuantizeArgs),
     #[command(args_override_self = true)]
+    Imatrix(Box<imatrix::ImatrixArgs>),
+    #[command(args_override_self = true)]
     Perplexity(Box<perplexity::PerplexityArgs>),
 }
 
@@ -70,7 +73,7 @@ impl Command {
     fn log_level(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Run(_) | Command::Bench(_) | Command::Perplexity(_) => "warn",
+            Command::Run(_) | Command::Bench(_) | Command::Perplexity(_) | Command::Imatrix(_) => "warn",
             Command::Inspect(_) | Command::Convert(_) | Command::Synth(_) | Command::Quantize(_) => "warn",
         }
     }
@@ -83,6 +86,7 @@ impl Command {
             Command::Inspect(args) => inspect::run(args),
             Command::Convert(args) => convert::run(args).map(|()| ExitCode::SUCCESS),
             Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
+            Command::Imatrix(args) => imatrix::run(*args).map(|()| ExitCode::SUCCESS),
             Command::Perplexity(args) => perplexity::run(*args).map(|()| ExitCode::SUCCESS),
             Command::Quantize(args) => quantize::run(args).map(|()| ExitCode::SUCCESS),
         }

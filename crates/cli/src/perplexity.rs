@@ -10,13 +10,12 @@
 
 mod divergence;
 mod reference;
-mod window;
+pub mod window;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use paceline_text::Encode;
 use serde_json::{Value, json};
 
 use crate::{
@@ -28,7 +27,7 @@ use crate::{
 };
 use divergence::Divergence;
 use reference::{Reference, ReferenceWriter, Shape};
-use window::{LogProbs, Windows, row_by_row};
+use window::{LogProbs, N_CTX_DEFAULT, Windows, row_by_row, windows_of};
 
 /// Measures how well a model predicts a text, and how far it is from another one
 #[derive(Args, Debug)]
@@ -58,9 +57,6 @@ pub struct PerplexityArgs {
     #[command(flatten)]
     later: LaterFlags,
 }
-
-/// Tokens of a window, if nothing is said.
-const N_CTX_DEFAULT: u32 = 512;
 
 /// Runs it.
 pub fn run(mut args: PerplexityArgs) -> Result<()> {
@@ -111,9 +107,7 @@ pub fn run(mut args: PerplexityArgs) -> Result<()> {
 
     let mut windows = Windows::new(&loaded, shape.n_ctx)?;
     let (mut score, mut divergence) = (Score::default(), Divergence::default());
-    let bar = progress::bytes(0);
-    bar.set_length(shape.n_chunk as u64);
-    bar.set_style(indicatif::ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}")?);
+    let bar = progress::windows(shape.n_chunk);
     for (i, window) in tokens.chunks_exact(shape.n_ctx).enumerate() {
         windows.run(window, shape.first_scored(), |at, rows| {
             let targets = &window[at + 1..][..rows.len() / shape.n_vocab];
@@ -152,8 +146,8 @@ fn tokens(
     reference: Option<&Reference>,
     n_ctx: usize,
 ) -> Result<Vec<u32>> {
-    let n_max = usize::try_from(args.chunks).unwrap_or(usize::MAX);
     let Some(path) = &args.file else {
+        let n_max = usize::try_from(args.chunks).unwrap_or(usize::MAX);
         let reference = reference.context("-f: expected a file with text to predict")?;
         ensure!(
             n_max >= reference.shape().n_chunk,
@@ -163,22 +157,7 @@ fn tokens(
         );
         return Ok(reference.tokens().to_vec());
     };
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
-    let mut tokens =
-        loaded.tokenizer.encode(&text, Encode { add_bos: true, parse_special: args.parse_special });
-    let n_chunk = (tokens.len() / n_ctx).min(n_max);
-    ensure!(
-        n_chunk > 0,
-        "{}: expected at least one window of {n_ctx} tokens, found {} tokens\nhint: a longer text, or a smaller -c",
-        path.display(),
-        tokens.len()
-    );
-    tokens.truncate(n_chunk * n_ctx);
-    let vocab = loaded.tokenizer.vocab();
-    if let Some(bos) = vocab.bos().filter(|_| vocab.add_bos()) {
-        tokens.chunks_exact_mut(n_ctx).for_each(|window| window[0] = bos);
-    }
-    Ok(tokens)
+    windows_of(path, &loaded.tokenizer, n_ctx, args.chunks, args.parse_special)
 }
 
 /// Sums over the scored tokens.

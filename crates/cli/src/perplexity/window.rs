@@ -1,13 +1,45 @@
 //! Forwards over windows of a text, and what a row of logits says.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
 use paceline_backend::{Exec, Step, StepOut};
 use paceline_memory::Memory;
+use paceline_text::{Encode, Tokenizer};
 
 use crate::load::Loaded;
 
+/// Tokens of a window, if nothing is said.
+pub const N_CTX_DEFAULT: u32 = 512;
+
 /// Bytes of logits at once, as far as single rows allow.
 const LOGITS_BYTES: usize = 64 << 20;
+
+/// The windows of a text, one behind the other, at most `n_chunk` of them if that is not below 0. What does not fill a window
+/// is left out.
+pub fn windows_of(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    n_ctx: usize,
+    n_chunk: i64,
+    parse_special: bool,
+) -> Result<Vec<u32>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}: can't read", path.display()))?;
+    let mut tokens = tokenizer.encode(&text, Encode { add_bos: true, parse_special });
+    let n_chunk = (tokens.len() / n_ctx).min(usize::try_from(n_chunk).unwrap_or(usize::MAX));
+    ensure!(
+        n_chunk > 0,
+        "{}: expected at least one window of {n_ctx} tokens, found {} tokens\nhint: a longer text, or a smaller -c",
+        path.display(),
+        tokens.len()
+    );
+    tokens.truncate(n_chunk * n_ctx);
+    let vocab = tokenizer.vocab();
+    if let Some(bos) = vocab.bos().filter(|_| vocab.add_bos()) {
+        tokens.chunks_exact_mut(n_ctx).for_each(|window| window[0] = bos);
+    }
+    Ok(tokens)
+}
 
 /// A target that computes windows, each in an empty memory.
 pub struct Windows {

@@ -5,6 +5,7 @@ mod command;
 mod convert;
 mod flags;
 mod hub;
+mod imatrix;
 mod inspect;
 mod pair;
 mod perplexity;

@@ -14,8 +14,10 @@ fn targets_heads_and_drafters() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, small) = (path(&dir, "whole.gguf"), path(&dir, "small.gguf"));
     paceline(&["convert", &repo_str("goldens/qwen35-mtp"), &whole, "--type", "f32"]).ok();
+    // Its rows are no whole blocks of anything.
     let ran = paceline(&["quantize", &whole, &small, "Q8_0"]);
-    assert!(ran.out.contains("q8_0") && ran.out.contains("bits a weight"), "{}", ran.out);
+    assert!(ran.err.contains("not whole q8_0 blocks, so it is f16"), "{}", ran.err);
+    assert!(ran.ok().contains("bits a weight"));
     let run = |more: &[&str]| {
         let args = ["run", "-m", &small, "-p", "hello", "--raw", "-n", "24", "--temp", "0", "--json"];
         paceline(&[&args[..], more].concat()).json()
@@ -56,21 +58,36 @@ fn targets_heads_and_drafters() {
 #[test]
 fn a_dry_run_tells_types_and_sizes() {
     let dir = tempfile::tempdir().unwrap();
-    let (whole, small) = (path(&dir, "whole.gguf"), path(&dir, "small.gguf"));
-    paceline(&["convert", &repo_str("goldens/qwen3"), &whole, "--type", "bf16"]).ok();
+    let (odd, even, small) = (path(&dir, "odd.gguf"), path(&dir, "even.gguf"), path(&dir, "small.gguf"));
+    paceline(&["convert", &repo_str("goldens/qwen3"), &odd, "--type", "bf16"]).ok();
+    paceline(&["synth", "toy-hybrid", &even, "--type", "bf16"]).ok();
     let wishes = ["--tensor-type", r"blk\.(0|2)\.ffn_up=q8_0", "--output-tensor-type", "f16", "--pure"];
-    let dry = paceline(&[&["quantize", &whole, &small, "Q4_K_M", "--dry-run"][..], &wishes].concat());
-    assert!(!std::path::Path::new(&small).exists());
-    assert!(dry.err.contains("not whole q4_k blocks"), "{}", dry.err);
-    let said = dry.ok();
-    paceline(&[&["quantize", &whole, &small, "Q4_K_M", "1"][..], &wishes].concat()).ok();
-    let file = Gguf::open(&small).unwrap();
-    assert_eq!(said.lines().count(), file.tensors().len() + 1);
-    for tensor in file.tensors() {
-        let line = said.lines().find(|line| line.starts_with(&format!("{} ", tensor.name))).unwrap();
-        let is_told =
-            line.contains(&format!("→ {}", tensor.ty)) || line.contains(&format!("{} stays", tensor.ty));
-        assert!(is_told, "{}: {line}", tensor.ty);
+    for whole in [odd, even] {
+        let _ = std::fs::remove_file(&small);
+        let dry = paceline(&[&["quantize", &whole, &small, "Q4_K_M", "--dry-run"][..], &wishes].concat());
+        assert!(!std::path::Path::new(&small).exists());
+        assert_eq!(dry.err.contains("not whole q4_k blocks"), whole.ends_with("odd.gguf"), "{}", dry.err);
+        let said = dry.ok();
+        paceline(&[&["quantize", &whole, &small, "Q4_K_M", "1"][..], &wishes].concat()).ok();
+        let file = Gguf::open(&small).unwrap();
+        assert_eq!(said.lines().count(), file.tensors().len() + 1);
+        for tensor in file.tensors() {
+            let line = said.lines().find(|line| line.starts_with(&format!("{} ", tensor.name))).unwrap();
+            let is_told =
+                line.contains(&format!("→ {}", tensor.ty)) || line.contains(&format!("{} stays", tensor.ty));
+            assert!(is_told, "{}: {line}", tensor.ty);
+        }
+        if whole.ends_with("even.gguf") {
+            let ty = |name: &str| file.require_tensor(name).unwrap().ty;
+            assert_eq!(
+                [0, 1, 2].map(|il| ty(&format!("blk.{il}.ffn_up.weight"))),
+                [GgmlType::Q8_0, GgmlType::Q4_K, GgmlType::Q8_0]
+            );
+            assert_eq!(
+                (ty("blk.0.ffn_down.weight"), ty("output_norm.weight")),
+                (GgmlType::Q4_K, GgmlType::F32)
+            );
+        }
     }
 }
 
