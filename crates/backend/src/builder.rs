@@ -64,6 +64,41 @@ impl From<usize> for Tap {
     }
 }
 
+/// Where the input of a product lies in the taps of a plan that keeps them
+/// ([`finish_with_inputs`](PlanBuilder::finish_with_inputs)).
+#[derive(Clone, Debug)]
+pub struct ProductInput {
+    /// The weight that it is multiplied with.
+    pub weight: WeightId,
+    /// Its first column.
+    pub column: usize,
+    /// Columns that a row of the weight meets.
+    pub n_in: usize,
+    /// For a product with experts, who is met.
+    pub experts: Option<ExpertInput>,
+}
+
+/// The experts that an input meets.
+#[derive(Clone, Debug)]
+pub struct ExpertInput {
+    /// Experts that there are.
+    pub n_expert: usize,
+    /// First column of their numbers.
+    pub ids_column: usize,
+    /// Slots of a row.
+    pub n_used: usize,
+    /// Whether each slot has an input of its own, side by side.
+    pub per_slot: bool,
+}
+
+impl ProductInput {
+    /// Columns in the taps.
+    pub fn width(&self) -> usize {
+        self.n_in
+            * self.experts.as_ref().filter(|experts| experts.per_slot).map_or(1, |experts| experts.n_used)
+    }
+}
+
 /// Records ops. Shapes are proven when weights are loaded, so a mismatch here is a bug and panics with both
 /// shapes.
 pub struct PlanBuilder<'a> {
@@ -91,6 +126,47 @@ impl<'a> PlanBuilder<'a> {
             panic!("nothing reads the result of {op:?} in\n{plan}");
         }
         plan
+    }
+
+    /// As [`finish`](Self::finish), and what every product of the batch's rows reads is kept as taps: for statistics of what
+    /// weights meet. The rows are wide. Not for products of output rows alone, and not beside other taps.
+    pub fn finish_with_inputs(mut self, output: Option<Buf>) -> (Plan, Vec<ProductInput>) {
+        assert!(self.taps.is_none() && self.wanted.is_empty(), "inputs of products are kept alone");
+        let (mut kept, mut width): (Vec<(Buf, usize)>, usize) = (Vec::new(), 0);
+        let mut column = |buf: Buf, bufs: &[BufDecl]| match kept.iter().find(|(known, _)| *known == buf) {
+            Some(&(_, column)) => column,
+            None => {
+                kept.push((buf, width));
+                width += bufs[buf.0 as usize].width;
+                width - bufs[buf.0 as usize].width
+            }
+        };
+        let mut inputs = Vec::new();
+        for op in &self.ops {
+            let (weight, n_in, src, experts) = match *op {
+                Op::MatMul { weight, src, .. } => (weight, self.width(src), src, None),
+                Op::ExpertMatMul { weight, n_expert, n_in, ids, src, .. } => {
+                    (weight, n_in, src, Some((n_expert, ids)))
+                }
+                _ => continue,
+            };
+            if self.decl(src).rows != Rows::Batch {
+                continue;
+            }
+            let experts = experts.map(|(n_expert, ids)| ExpertInput {
+                n_expert,
+                ids_column: column(ids, &self.bufs),
+                n_used: self.width(ids),
+                per_slot: self.width(src) != n_in,
+            });
+            inputs.push(ProductInput { weight, column: column(src, &self.bufs), n_in, experts });
+        }
+        if width > 0 {
+            let dst = self.buf(width, Rows::Batch);
+            self.taps = Some(dst);
+            self.ops.extend(kept.iter().map(|&(src, column)| Op::Place { src, dst, column }));
+        }
+        (self.finish(output), inputs)
     }
 
     fn buf(&mut self, width: usize, rows: Rows) -> Buf {

@@ -11,7 +11,9 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{
+    Backend, Exec, KvTypes, Plan, PlanBuilder, StateConfig, StateDecl, States, Tap, cpu::CpuBackend,
+};
 use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -169,13 +171,7 @@ impl Loaded {
         let drafters: Vec<Box<dyn Drafter>> = wanted.map(load).collect::<Result<_, _>>()?;
         let n_draft_max = drafters.iter().map(|d| sizes.n_draft_max.min(d.n_draft_max())).max().unwrap_or(0);
         let taps = TapUnion::of(&drafters);
-        let mut plan = PlanBuilder::new(taps.taps());
-        let logits = self.model.record(&mut plan);
-        let plan = Arc::new(plan.finish(Some(logits)));
-        let config =
-            StateConfig { kv: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
-        let states = self.backend.alloc_states(self.model.states(), config)?;
-        let exec = self.backend.compile(plan, &states)?;
+        let (_, exec, states) = self.target(taps.taps(), n_draft_max.max(1))?;
         // A slot's last page is never shared with another slot, and tentative rows come on top.
         let room = (n_draft_max + 1 + page_len).next_multiple_of(page_len);
         let memory = Memory::new(states, sizes.n_cell.next_multiple_of(page_len) + sizes.n_slot * room);
@@ -193,6 +189,21 @@ impl Loaded {
         let start = Instant::now();
         let engine = Engine::new(target, drafters, self.tokenizer.vocab().clone(), config);
         Ok(engine.with_clock(Box::new(move || start.elapsed())))
+    }
+
+    /// The target alone, compiled with these states tapped, over states of its own.
+    pub fn target(
+        &self,
+        taps: &[Tap],
+        n_tentative_max: usize,
+    ) -> Result<(Arc<Plan>, Box<dyn Exec>, Arc<dyn States>)> {
+        let mut plan = PlanBuilder::new(taps);
+        let logits = self.model.record(&mut plan);
+        let plan = Arc::new(plan.finish(Some(logits)));
+        let config = StateConfig { kv: self.sizes.kv, n_tentative_max, ..StateConfig::default() };
+        let states = self.backend.alloc_states(self.model.states(), config)?;
+        let exec = self.backend.compile(plan.clone(), &states)?;
+        Ok((plan, exec, states))
     }
 
     /// An engine that drafts as much as pays, or at full length if the flags say so.

@@ -10,11 +10,14 @@ mod chat;
 mod convert;
 mod flags;
 mod hub;
+mod imatrix;
 mod inspect;
 mod later_flags;
 mod load;
 mod output;
+mod perplexity;
 mod progress;
+mod quantize;
 mod run;
 mod serve;
 mod sources;
@@ -58,6 +61,11 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Convert(convert::ConvertArgs),
     Synth(synth::SynthArgs),
+    Quantize(quantize::QuantizeArgs),
+    #[command(args_override_self = true)]
+    Imatrix(Box<imatrix::ImatrixArgs>),
+    #[command(args_override_self = true)]
+    Perplexity(Box<perplexity::PerplexityArgs>),
 }
 
 impl Command {
@@ -65,8 +73,8 @@ impl Command {
     fn log_level(&self) -> &'static str {
         match self {
             Command::Serve(_) => "info",
-            Command::Run(_) | Command::Bench(_) => "warn",
-            Command::Inspect(_) | Command::Convert(_) | Command::Synth(_) => "warn",
+            Command::Run(_) | Command::Bench(_) | Command::Perplexity(_) | Command::Imatrix(_) => "warn",
+            Command::Inspect(_) | Command::Convert(_) | Command::Synth(_) | Command::Quantize(_) => "warn",
         }
     }
 
@@ -78,6 +86,9 @@ impl Command {
             Command::Inspect(args) => inspect::run(args),
             Command::Convert(args) => convert::run(args).map(|()| ExitCode::SUCCESS),
             Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
+            Command::Imatrix(args) => imatrix::run(*args).map(|()| ExitCode::SUCCESS),
+            Command::Perplexity(args) => perplexity::run(*args).map(|()| ExitCode::SUCCESS),
+            Command::Quantize(args) => quantize::run(args).map(|()| ExitCode::SUCCESS),
         }
     }
 }

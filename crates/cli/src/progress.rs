@@ -5,12 +5,22 @@ use std::sync::Mutex;
 use indicatif::{ProgressBar, ProgressStyle};
 
 const BYTES: &str = "{msg:24!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+const WINDOWS: &str = "{msg} {wide_bar} {pos}/{len} {eta}";
 const WORDS: &str = "{spinner} {msg}";
 
 /// A bar that counts bytes.
 pub fn bytes(total: u64) -> ProgressBar {
     let bar = ProgressBar::new(total);
     if let Ok(style) = ProgressStyle::with_template(BYTES) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// A bar that counts windows of a text.
+pub fn windows(n: usize) -> ProgressBar {
+    let bar = ProgressBar::new(n as u64);
+    if let Ok(style) = ProgressStyle::with_template(WINDOWS) {
         bar.set_style(style);
     }
     bar

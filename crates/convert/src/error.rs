@@ -154,6 +154,43 @@ pub enum Error {
         found: String,
     },
 
+    /// An importance matrix that can't be read, or is another model's.
+    #[error("{file}: {what}: expected {expected}, found {found}; {hint}")]
+    Importance {
+        /// The file.
+        file: String,
+        /// The tensor, or what is wrong.
+        what: String,
+        /// What would work.
+        expected: String,
+        /// What is there.
+        found: String,
+        /// The way out.
+        hint: &'static str,
+    },
+
+    /// A tensor that can't be quantised, or should not be.
+    #[error("{file}: tensor `{tensor}`: {why}; {hint}")]
+    Quantize {
+        /// The file.
+        file: String,
+        /// The tensor.
+        tensor: String,
+        /// Why.
+        why: String,
+        /// The way out.
+        hint: &'static str,
+    },
+
+    /// A pattern for names of tensors that is none.
+    #[error("`{pattern}`: expected a regular expression: {source}")]
+    Pattern {
+        /// What was typed.
+        pattern: String,
+        /// What is wrong with it.
+        source: regex_lite::Error,
+    },
+
     /// A safetensors file can't be read, or the GGUF file can't be written.
     #[error(transparent)]
     File(#[from] paceline_gguf::Error),

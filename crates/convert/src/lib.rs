@@ -13,14 +13,17 @@
 //! A family is one file under `families/` and one line in its registry. Key and tensor names are those that llama.cpp and
 //! its relatives read.
 //!
-//! [`synth`] writes models of known sizes with random weights, for measuring.
+//! [`synth`] writes models of known sizes with random weights, for measuring. [`quantize`] gives the tensors of a GGUF file
+//! other types; all three ask `types` which.
 #![forbid(unsafe_code)]
 
 mod checkpoint;
 mod config;
 mod error;
 mod families;
+mod importance;
 mod layout;
+pub mod quantize;
 mod recipe;
 pub mod synth;
 mod tokenizer;
@@ -36,6 +39,7 @@ use paceline_kernels::formats::quantize_rows;
 use checkpoint::{Checkpoint, read_config};
 pub use error::Error;
 use families::{FAMILIES, Target, text_config};
+pub use importance::{Importances, Sums, write_importances};
 use recipe::{Recipe, Source, Tensor};
 
 /// What to convert, and to what.
@@ -239,13 +243,27 @@ fn write_tensor(
 /// The rows' bytes, made by all cores: some types search long for the best scales. The parts are in order, and how the
 /// rows were divided leaves no trace in them.
 fn quantize(ty: GgmlType, row_len: usize, values: &[f32]) -> Vec<Vec<u8>> {
+    in_parts(0, row_len, row_len, values, |part| quantize_rows(ty, row_len, part))
+}
+
+/// Works on rows of `row_len` things, `n_value` values each, on `n_thread` threads (0 for all cores). Results are in order.
+fn in_parts<T: Sync, R: Send>(
+    n_thread: usize,
+    row_len: usize,
+    n_value: usize,
+    rows: &[T],
+    work: impl Fn(&[T]) -> R + Sync,
+) -> Vec<R> {
     const MIN_LEN: usize = 1 << 14;
-    let n_thread = thread::available_parallelism().map_or(1, |n| n.get());
-    let part_len = values.len().div_ceil(n_thread).max(MIN_LEN).next_multiple_of(row_len);
-    let parts = values.chunks(part_len);
+    let n_thread = match n_thread {
+        0 => thread::available_parallelism().map_or(1, |n| n.get()),
+        n => n,
+    };
+    let n_row = (rows.len() / row_len).div_ceil(n_thread).max(MIN_LEN.div_ceil(n_value));
+    let work = &work;
     thread::scope(|scope| {
         let running: Vec<_> =
-            parts.map(|part| scope.spawn(move || quantize_rows(ty, row_len, part))).collect();
+            rows.chunks(n_row * row_len).map(|part| scope.spawn(move || work(part))).collect();
         running.into_iter().map(|part| part.join().expect("whole rows can be quantised")).collect()
     })
 }

@@ -46,6 +46,9 @@ pub struct Format {
     pub dequantize: fn(&[u8], &mut [f32]),
     /// Values to whole blocks, as exactly as the format allows. Lengths as for `dequantize`.
     pub quantize: fn(&[f32], &mut [u8]),
+    /// As `quantize`, each value with its importance beside it, which is finite and not below 0: what a squared error of
+    /// that value counts, relative to the others of its block.
+    pub quantize_weighted: fn(&[[f32; 2]], &mut [u8]),
 }
 
 /// Every format this crate can compute with.
@@ -79,6 +82,24 @@ pub fn format(ty: GgmlType) -> Option<&'static Format> {
 /// # Panics
 /// If `ty` has no [`Format`], if a row is not a whole number of blocks, or if the last row is cut short.
 pub fn quantize_rows(ty: GgmlType, n_per_row: usize, values: &[f32]) -> Vec<u8> {
+    let (format, mut data) = rows(ty, n_per_row, values.len());
+    (format.quantize)(values, &mut data);
+    data
+}
+
+/// As [`quantize_rows`], with the importance of each column, `[n_per_row]`: see [`Format::quantize_weighted`].
+///
+/// # Panics
+/// As there, and if there is not one importance for each column.
+pub fn quantize_rows_weighted(ty: GgmlType, importance: &[f32], values: &[f32]) -> Vec<u8> {
+    let (format, mut data) = rows(ty, importance.len(), values.len());
+    let pairs: Vec<[f32; 2]> = values.iter().zip(importance.iter().cycle()).map(|(&x, &w)| [x, w]).collect();
+    (format.quantize_weighted)(&pairs, &mut data);
+    data
+}
+
+/// The format of `ty`, and bytes for `n` values in rows of `n_per_row`.
+fn rows(ty: GgmlType, n_per_row: usize, n: usize) -> (&'static Format, Vec<u8>) {
     let name = ty.name();
     let format = format(ty).unwrap_or_else(|| panic!("type {name} cannot be quantised: it has no format"));
     let (block_len, block_bytes) = (ty.block_len(), ty.block_bytes());
@@ -86,25 +107,20 @@ pub fn quantize_rows(ty: GgmlType, n_per_row: usize, values: &[f32]) -> Vec<u8> 
         n_per_row > 0 && n_per_row.is_multiple_of(block_len),
         "a row of {n_per_row} values is not whole {name} blocks of {block_len}"
     );
-    assert!(
-        values.len().is_multiple_of(n_per_row),
-        "{} values are not whole rows of {n_per_row}",
-        values.len()
-    );
-    let mut data = vec![0; values.len() / block_len * block_bytes];
-    (format.quantize)(values, &mut data);
-    data
+    assert!(n.is_multiple_of(n_per_row), "{n} values are not whole rows of {n_per_row}");
+    (format, vec![0; n / block_len * block_bytes])
 }
 
 /// A format as its file defines it: what one block of `BYTES` bytes and `LEN` values means.
 ///
-/// Both functions must be `#[inline(always)]`, with all they call: [`each_block`] compiles them once per instruction set.
+/// Its functions must be `#[inline(always)]`, with all they call: [`each_block`] compiles them once per instruction set.
 trait BlockFormat<const BYTES: usize, const LEN: usize> {
     const TY: GgmlType;
 
     fn dequantize(block: &[u8; BYTES], out: &mut [f32; LEN]);
 
-    fn quantize(values: &[f32; LEN], block: &mut [u8; BYTES]);
+    /// `given` are importances of the values, if they are known.
+    fn quantize(values: &[f32; LEN], given: Option<&[f32; LEN]>, block: &mut [u8; BYTES]);
 }
 
 impl Format {
@@ -114,6 +130,7 @@ impl Format {
             ty: F::TY,
             dequantize: each_block::<Dequantize<F>, u8, f32, BYTES, LEN>,
             quantize: each_block::<Quantize<F>, f32, u8, LEN, BYTES>,
+            quantize_weighted: each_block::<QuantizeWeighted<F>, [f32; 2], u8, LEN, BYTES>,
         }
     }
 }
@@ -151,7 +168,19 @@ impl<F: BlockFormat<BYTES, LEN>, const BYTES: usize, const LEN: usize> Convert<f
 {
     #[inline(always)]
     fn convert(values: &[f32; LEN], block: &mut [u8; BYTES]) {
-        F::quantize(values, block);
+        F::quantize(values, None, block);
+    }
+}
+
+struct QuantizeWeighted<F>(PhantomData<F>);
+
+impl<F: BlockFormat<BYTES, LEN>, const BYTES: usize, const LEN: usize> Convert<[f32; 2], u8, LEN, BYTES>
+    for QuantizeWeighted<F>
+{
+    #[inline(always)]
+    fn convert(pairs: &[[f32; 2]; LEN], block: &mut [u8; BYTES]) {
+        let given = std::array::from_fn(|n| pairs[n][1]);
+        F::quantize(&std::array::from_fn(|n| pairs[n][0]), Some(&given), block);
     }
 }
 

@@ -3,10 +3,10 @@
 //! A timed forward runs on a fork of a prepared sequence, which is dropped afterwards: whatever it did to the memory, the next one
 //! finds the same. Forks, and the copies of pages that they need, are made before the clock starts.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, time::Instant};
 
 use anyhow::{Result, ensure};
-use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut, Tap};
+use paceline_backend::{Exec, PlanWork, Step, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::{Drafter, Kept};
 
@@ -29,13 +29,7 @@ pub struct Rig {
 impl Rig {
     /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these states tapped.
     pub fn new(loaded: &Loaded, taps: &[Tap], n_cell: usize, n_row_max: usize) -> Result<Rig> {
-        let mut plan = PlanBuilder::new(taps);
-        let logits = loaded.model.record(&mut plan);
-        let plan: Arc<Plan> = Arc::new(plan.finish(Some(logits)));
-        let config =
-            StateConfig { kv: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
-        let states = loaded.backend.alloc_states(loaded.model.states(), config)?;
-        let exec = loaded.backend.compile(plan.clone(), &states)?;
+        let (plan, exec, states) = loaded.target(taps, n_row_max)?;
         Ok(Rig {
             exec,
             memory: Memory::new(states, n_cell),

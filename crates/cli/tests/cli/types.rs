@@ -42,11 +42,11 @@ fn requantised(dir: &Path, name: &str, types: &mut dyn FnMut(&TensorInfo) -> Opt
     })
 }
 
-/// Logits of each row of the text, `[n_token, n_vocab]`.
-fn logits(path: &str) -> (Vec<f32>, usize) {
+/// Logits of each row of a text, `[n_token, n_vocab]`, their width, and the tokens.
+pub fn logits(path: &str, text: &str) -> (Vec<f32>, usize, Vec<u32>) {
     let file = Arc::new(Gguf::open(path).unwrap());
     let tokenizer = Tokenizer::from_metadata(file.metadata()).unwrap();
-    let tokens = tokenizer.encode(TEXT, Encode { add_bos: true, parse_special: true });
+    let tokens = tokenizer.encode(text, Encode { add_bos: true, parse_special: true });
     let n = tokens.len();
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
     let model = paceline_models::load(&file, &backend).unwrap_or_else(|error| panic!("{path}: {error}"));
@@ -64,10 +64,10 @@ fn logits(path: &str) -> (Vec<f32>, usize) {
         Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &positions };
     let mut out = StepOut::default();
     exec.run(&step, &mut out);
-    (out.output, out.output_width)
+    (out.output, out.output_width, tokens)
 }
 
-fn log_softmax(row: &[f32]) -> Vec<f64> {
+pub fn log_softmax(row: &[f32]) -> Vec<f64> {
     let max = f64::from(row.iter().copied().fold(f32::MIN, f32::max));
     let sum: f64 = row.iter().map(|&x| (f64::from(x) - max).exp()).sum();
     row.iter().map(|&x| f64::from(x) - max - sum.ln()).collect()
@@ -78,7 +78,8 @@ fn divergence(got: &[f32]) -> f64 {
     static EXACT: OnceLock<(Vec<f32>, usize)> = OnceLock::new();
     let (exact, width) = EXACT.get_or_init(|| {
         let dir = tempfile::tempdir().unwrap();
-        logits(&requantised(dir.path(), "exact", &mut |_| Some(GgmlType::F32)))
+        let (rows, width, _) = logits(&requantised(dir.path(), "exact", &mut |_| Some(GgmlType::F32)), TEXT);
+        (rows, width)
     });
     assert_eq!(got.len(), exact.len());
     let of_row = |(exact, got): (&[f32], &[f32])| -> f64 {
@@ -91,7 +92,7 @@ fn divergence(got: &[f32]) -> f64 {
 
 /// Runs the file in every way; its divergence may be `bound` and tokens per forward `floor` at least.
 fn check(path: &str, bound: f64, floor: f64) {
-    let (rows, _) = logits(path);
+    let (rows, ..) = logits(path, TEXT);
     let divergence = divergence(&rows);
     let drafter = repo_str("models/bundled/drafter.gguf");
     let run = |drafting: &[&str]| {

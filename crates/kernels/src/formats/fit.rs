@@ -9,7 +9,8 @@
 //! have a candidate with error zero, and survive being quantised again.
 //!
 //! The error is `Σ w·(x - x̂)²` with `w = 1 + x²/mean(x²)`: large weights contribute most to a product, but the small ones
-//! are many, and must not be sacrificed entirely.
+//! are many, and must not be sacrificed entirely. Where it is known how large the inputs are that meet each value, that
+//! is its weight ([`importance`]).
 //!
 //! Formats of 256 values have two levels: groups with small integer scales under one F16. There the groups are
 //! fitted freely first, then their scales are rounded, then each group may move its integers by one and the F16 is fitted
@@ -28,13 +29,26 @@ pub fn finite<const N: usize>(values: &[f32; N]) -> [f32; N] {
     values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(-LIMIT, LIMIT) })
 }
 
-/// How much each value's error counts.
+/// How much each value's error counts: as given, or from the values alone.
+///
+/// What is given is the mean square of the input that each value is multiplied with (an importance matrix). A product
+/// `Σ x·a` then errs by `Σ (x - x̂)²·mean(a²)` in the mean square, if the inputs `a` are uncorrelated: these are the weights.
 #[inline(always)]
-pub fn importance<const N: usize>(x: &[f32; N]) -> [f32; N] {
+pub fn importance<const N: usize>(x: &[f32; N], given: Option<&[f32; N]>) -> [f32; N] {
+    if let Some(given) = given {
+        let mean = given.iter().sum::<f32>() / N as f32;
+        // What never mattered in the sample must still not be chosen at random. Nothing but such is as if nothing were given.
+        if mean >= f32::MIN_POSITIVE {
+            return given.map(|w| w / mean + NEVER_SEEN);
+        }
+    }
     let mean = x.iter().map(|x| x * x).sum::<f32>() / N as f32;
     // Where the squares vanish so does every scale that could follow from them.
     if mean < f32::MIN_POSITIVE { [1.0; N] } else { x.map(|x| 1.0 + x * x / mean) }
 }
+
+/// Weight of a value whose input was always zero, where the mean is 1.
+const NEVER_SEEN: f32 = 1e-5;
 
 /// `1/d`, or 0 where a scale of zero leaves only zero to say.
 #[inline(always)]
@@ -161,12 +175,13 @@ pub struct SignedBlock<const GROUPS: usize> {
 #[inline(always)]
 pub fn signed_block<const GROUPS: usize, const LEN: usize>(
     values: &[f32; 256],
+    given: Option<&[f32; 256]>,
     levels: Levels<impl Fn(f32) -> f32 + Copy>,
     n_scales: i32,
 ) -> SignedBlock<GROUPS> {
     const { assert!(GROUPS * LEN == 256) };
     let values = finite(values);
-    let weights = importance(&values);
+    let weights = importance(&values, given);
     let (x, _) = values.as_chunks::<LEN>();
     let (w, _) = weights.as_chunks::<LEN>();
 
@@ -327,13 +342,14 @@ pub struct OffsetBlock<const GROUPS: usize> {
 #[inline(always)]
 pub fn offset_block<const GROUPS: usize, const LEN: usize>(
     values: &[f32; 256],
+    given: Option<&[f32; 256]>,
     q_max: f32,
     scale_max: f32,
 ) -> OffsetBlock<GROUPS> {
     const { assert!(GROUPS * LEN == 256) };
     let codes = Codes { q_max, offset_below_zero: true };
     let values = finite(values);
-    let weights = importance(&values);
+    let weights = importance(&values, given);
     let (x, _) = values.as_chunks::<LEN>();
     let (w, _) = weights.as_chunks::<LEN>();
 

@@ -23,7 +23,7 @@ impl BlockFormat<4, 1> for Single {
     }
 
     #[inline(always)]
-    fn quantize([x]: &[f32; 1], block: &mut [u8; 4]) {
+    fn quantize([x]: &[f32; 1], _given: Option<&[f32; 1]>, block: &mut [u8; 4]) {
         *block = x.to_le_bytes();
     }
 }
@@ -41,7 +41,7 @@ impl BlockFormat<2, 1> for Half {
     }
 
     #[inline(always)]
-    fn quantize([x]: &[f32; 1], block: &mut [u8; 2]) {
+    fn quantize([x]: &[f32; 1], _given: Option<&[f32; 1]>, block: &mut [u8; 2]) {
         *block = f16::from_f32(*x).to_le_bytes();
     }
 }
@@ -59,7 +59,7 @@ impl BlockFormat<2, 1> for Brain {
     }
 
     #[inline(always)]
-    fn quantize([x]: &[f32; 1], block: &mut [u8; 2]) {
+    fn quantize([x]: &[f32; 1], _given: Option<&[f32; 1]>, block: &mut [u8; 2]) {
         *block = bf16::from_f32(*x).to_le_bytes();
     }
 }

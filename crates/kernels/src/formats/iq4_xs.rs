@@ -32,8 +32,8 @@ impl BlockFormat<136, 256> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 256], block: &mut [u8; 136]) {
-        let fitted = fit::signed_block::<8, 32>(values, levels(), 32);
+    fn quantize(values: &[f32; 256], given: Option<&[f32; 256]>, block: &mut [u8; 136]) {
+        let fitted = fit::signed_block::<8, 32>(values, given, levels(), 32);
         let (mut scales_h, mut scales_l) = (0u16, 0u32);
         for (g, scale) in fitted.scales.iter().enumerate() {
             let s = (scale + 32) as u8;

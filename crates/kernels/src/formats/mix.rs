@@ -13,8 +13,8 @@
 //! base             everything else
 //! ```
 //!
-//! The rules and the names are those of llama.cpp's `llama-quantize` without an importance matrix, so that a file of ours
-//! has the same types, tensor for tensor, as one of theirs.
+//! The rules and the names are those of llama.cpp's `llama-quantize`, so that a file of ours has the same types, tensor for
+//! tensor, as one of theirs; some rules differ where an importance matrix is used ([`Model::with_importance`]).
 //!
 //! [`Assignment`] walks the tensors of one model in file order:
 //!
@@ -59,6 +59,11 @@ enum Rule {
     First(usize, GgmlType, GgmlType),
     /// The first of so many equal parts; then the second type.
     FirstPart(usize, GgmlType, GgmlType),
+    /// The first of so many equal parts, unless an importance matrix takes care of it; base elsewhere.
+    FirstPartPlain(usize, GgmlType),
+    /// The first of so many equal parts, where there is an importance matrix: told what to care for in these layers, the
+    /// base type errs wildly in the rest. Base elsewhere.
+    FirstPartWeighted(usize, GgmlType),
     /// If at least four heads share a KV head, for then the tensor is small; else the second type.
     Shared(GgmlType, GgmlType),
 }
@@ -77,6 +82,11 @@ impl Mix {
             attn_output,
             experts: None,
         }
+    }
+
+    /// The type of most weights.
+    pub fn base(&self) -> GgmlType {
+        self.base
     }
 
     /// All weights in one type but the head in Q6_K.
@@ -103,12 +113,12 @@ pub const MIXES: &[Mix] = &[
     },
     Mix {
         attn_v: Rule::Shared(Q5_K, IQ4_NL),
-        ffn_down: Rule::FirstPart(8, Q5_K, IQ4_NL),
+        ffn_down: Rule::FirstPartPlain(8, Q5_K),
         ..Mix::plain("iq4_nl", 25, IQ4_NL)
     },
     Mix {
         attn_v: Rule::Shared(Q5_K, IQ4_XS),
-        ffn_down: Rule::FirstPart(8, Q5_K, IQ4_XS),
+        ffn_down: Rule::FirstPartPlain(8, Q5_K),
         ..Mix::plain("iq4_xs", 30, IQ4_XS)
     },
     Mix {
@@ -131,14 +141,18 @@ pub const MIXES: &[Mix] = &[
         ..Mix::plain("q2_k", 10, Q2_K)
     },
     Mix::plain("q5_1", 9, Q5_1),
-    Mix::plain("q5_0", 8, Q5_0),
+    Mix { ffn_down: Rule::FirstPartWeighted(8, Q5_1), ..Mix::plain("q5_0", 8, Q5_0) },
     Mix::plain("q4_1", 3, Q4_1),
-    Mix::plain("q4_0", 2, Q4_0),
+    Mix { ffn_down: Rule::FirstPartWeighted(8, Q4_1), ..Mix::plain("q4_0", 2, Q4_0) },
 ];
 
-/// The mix of this name, in any case.
+/// The mix of this name, in any case. `q4_k` is short for `q4_k_m`, likewise `q3_k` and `q5_k`; the number of a file type is a
+/// name too.
 pub fn mix(name: &str) -> Option<&'static Mix> {
-    MIXES.iter().find(|mix| mix.name.eq_ignore_ascii_case(name))
+    let medium = format!("{name}_m");
+    let named = |wanted: &str| MIXES.iter().find(|mix| mix.name.eq_ignore_ascii_case(wanted));
+    let numbered = || MIXES.iter().find(|mix| Ok(mix.file_type) == name.parse());
+    named(name).or_else(|| named(&medium)).or_else(numbered)
 }
 
 /// What the rules must know of a model before its first tensor.
@@ -150,6 +164,7 @@ pub struct Model {
     n_attn_v: usize,
     tied: bool,
     moe: bool,
+    weighted: bool,
 }
 
 impl Model {
@@ -161,13 +176,19 @@ impl Model {
         n_head_kv: usize,
     ) -> Model {
         let heads_per_kv_head = n_head / n_head_kv.max(1);
-        let mut model = Model { n_layer, heads_per_kv_head, n_attn_v: 0, tied: true, moe: false };
+        let mut model =
+            Model { n_layer, heads_per_kv_head, n_attn_v: 0, tied: true, moe: false, weighted: false };
         for name in names {
             model.n_attn_v += usize::from(Group::of(name) == Group::AttnV);
             model.tied &= name != "output.weight";
             model.moe |= name.contains("_exps.");
         }
         model
+    }
+
+    /// The same, to be quantised with an importance matrix.
+    pub fn with_importance(self) -> Model {
+        Model { weighted: true, ..self }
     }
 }
 
@@ -212,12 +233,16 @@ impl Assignment {
 
     /// The type of the next tensor (`shape` with ne0 first), or `None` if it stays as it is in the source.
     pub fn next(&mut self, name: &str, shape: &[u64]) -> Option<GgmlType> {
+        self.next_wanted(name, shape).map(|wanted| fitting(wanted, shape[0]))
+    }
+
+    /// As [`next`](Self::next), whether its rows are whole blocks or not ([`fitting`]).
+    pub fn next_wanted(&mut self, name: &str, shape: &[u64]) -> Option<GgmlType> {
         if keeps_its_type(name, shape) {
             return None;
         }
         let wanted = self.wanted(name);
-        let wanted = self.mix.experts.filter(|_| shape.len() == 3).unwrap_or(wanted);
-        Some(fitting(wanted, shape[0]))
+        Some(self.mix.experts.filter(|_| shape.len() == 3).unwrap_or(wanted))
     }
 
     fn wanted(&mut self, name: &str) -> GgmlType {
@@ -259,6 +284,9 @@ impl Assignment {
                     rest
                 }
             }
+            Rule::FirstPartPlain(parts, ty) if !self.model.weighted && i < n / parts => ty,
+            Rule::FirstPartWeighted(parts, ty) if self.model.weighted && i < n / parts => ty,
+            Rule::FirstPartPlain(..) | Rule::FirstPartWeighted(..) => self.mix.base,
             Rule::Shared(ty, rest) => {
                 if self.model.heads_per_kv_head >= 4 {
                     ty
@@ -282,11 +310,15 @@ fn layer(name: &str) -> Option<usize> {
 
 /// Small tensors that decide much, and whatever is not a matrix.
 fn keeps_its_type(name: &str, shape: &[u64]) -> bool {
-    shape.len() < 2
+    // Trailing axes of one are no axes.
+    shape.iter().skip(1).all(|&n| n == 1)
         || !name.ends_with("weight")
         || name.ends_with("_norm.weight")
         || name.ends_with("ffn_gate_inp.weight")
         || name.ends_with("ssm_conv1d.weight")
+        || name.ends_with("shortconv.conv.weight")
+        || name.contains("altup")
+        || name.contains("laurel")
         || name.contains("per_layer_model_proj")
 }
 
@@ -417,6 +449,10 @@ mod tests {
         expected: &[(&str, usize)],
     ) {
         let model = Model::new(tensors.iter().map(|(name, _)| name.as_str()), n_layer, heads.0, heads.1);
+        check_model(name, tensors, model, expected);
+    }
+
+    fn check_model(name: &str, tensors: &Tensors, model: Model, expected: &[(&str, usize)]) {
         let mut assignment = Assignment::new(mix(name).unwrap(), model);
         let mut counts = BTreeMap::new();
         for (name, shape) in tensors {
@@ -439,12 +475,31 @@ mod tests {
         check("q4_k_m", &qwen35(false), 64, (24, 4), &[("kept", 353), ("q4_k", 433), ("q6_k", 65)]);
     }
 
-    /// The published file has 40 Q5_K and 391 IQ4_XS: with an importance matrix `ffn_down` needs no better type in the
-    /// first eighth (two tensors in each of five layers).
+    /// The published file of this mix was made with an importance matrix: `ffn_down` then needs no better type in the first
+    /// eighth (two tensors in each of five layers).
     #[test]
-    fn iq4_xs_without_importance_matrix() {
+    fn an_importance_matrix_changes_some_rules() {
+        let tensors = qwen35(true);
+        let model = Model::new(tensors.iter().map(|(name, _)| name.as_str()), 40, 16, 2);
+        let told = model.with_importance();
         let expected = [("kept", 301), ("q5_k", 40 + 10), ("q6_k", 1), ("iq4_xs", 391 - 10)];
-        check("iq4_xs", &qwen35(true), 40, (16, 2), &expected);
+        check_model("iq4_xs", &tensors, model, &expected);
+        check_model("iq4_xs", &tensors, told, &[("kept", 301), ("q5_k", 40), ("q6_k", 1), ("iq4_xs", 391)]);
+        check_model("q4_0", &tensors, model, &[("kept", 301), ("q4_0", 431), ("q6_k", 1)]);
+        check_model("q4_0", &tensors, told, &[("kept", 301), ("q4_0", 421), ("q4_1", 10), ("q6_k", 1)]);
+        check_model("q4_k_m", &tensors, told, &[("kept", 301), ("q4_k", 371), ("q6_k", 61)]);
+    }
+
+    #[test]
+    fn mixes_have_short_names_and_numbers() {
+        let check = |name: &str, expected: &str| assert_eq!(mix(name).map(|mix| mix.name), Some(expected));
+        check("Q4_K", "q4_k_m");
+        check("q3_k", "q3_k_m");
+        check("Q6_K", "q6_k");
+        check("q2_k", "q2_k");
+        check("15", "q4_k_m");
+        check("2", "q4_0");
+        assert!(mix("4_k").is_none() && mix("").is_none() && mix("4").is_none());
     }
 
     #[test]

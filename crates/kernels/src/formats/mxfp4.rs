@@ -28,7 +28,7 @@ impl BlockFormat<17, 32> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 32], block: &mut [u8; 17]) {
+    fn quantize(values: &[f32; 32], given: Option<&[f32; 32]>, block: &mut [u8; 17]) {
         // The last value that does not become infinite when it is rounded up to a level.
         let limit = 12.0 * scale(252);
         let values = values.map(|x| if x.is_nan() { 0.0 } else { x.clamp(-limit, limit) });
@@ -42,7 +42,7 @@ impl BlockFormat<17, 32> for Blocks {
         }
         // One step up avoids clipping, one down is finer and clips; compare both in the units of the middle one.
         let x = values.map(|x| x / scale(e as u8));
-        let w = fit::importance(&x);
+        let w = fit::importance(&x, given);
         let (_, shift) = [0, 1, -1]
             .map(|shift: i32| {
                 let unit = (shift as f32).exp2();

@@ -33,10 +33,11 @@ impl BlockFormat<36, 64> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 64], block: &mut [u8; 36]) {
+    fn quantize(values: &[f32; 64], given: Option<&[f32; 64]>, block: &mut [u8; 36]) {
         for (g, x) in values.as_chunks::<16>().0.iter().enumerate() {
             let x = fit::finite(x);
-            let w = fit::importance(&x);
+            let given = given.map(|given| &given.as_chunks::<16>().0[g]);
+            let w = fit::importance(&x, given);
             let max = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
             // The first scale that does not clip, those above as far as the largest value still has level 6, and those
             // below as far as half of it.

@@ -32,8 +32,8 @@ impl BlockFormat<84, 256> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 256], block: &mut [u8; 84]) {
-        let fitted = fit::offset_block::<16, 16>(values, 3.0, 15.0);
+    fn quantize(values: &[f32; 256], given: Option<&[f32; 256]>, block: &mut [u8; 84]) {
+        let fitted = fit::offset_block::<16, 16>(values, given, 3.0, 15.0);
         for (byte, (scale, min)) in block.iter_mut().zip(fitted.scales.iter().zip(fitted.mins)) {
             *byte = scale | min << 4;
         }

@@ -37,8 +37,8 @@ impl BlockFormat<110, 256> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 256], block: &mut [u8; 110]) {
-        let fitted = fit::signed_block::<16, 16>(values, fit::integers(4.0), 32);
+    fn quantize(values: &[f32; 256], given: Option<&[f32; 256]>, block: &mut [u8; 110]) {
+        let fitted = fit::signed_block::<16, 16>(values, given, fit::integers(4.0), 32);
         let codes = fitted.levels.map(|level| (level + 4.0) as u8);
         block[..32].fill(0);
         for (n, q) in codes.iter().enumerate() {

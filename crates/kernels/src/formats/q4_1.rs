@@ -29,8 +29,8 @@ impl BlockFormat<20, 32> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 32], block: &mut [u8; 20]) {
-        let (line, q) = codes(values, 15.0);
+    fn quantize(values: &[f32; 32], given: Option<&[f32; 32]>, block: &mut [u8; 20]) {
+        let (line, q) = codes(values, given, 15.0);
         block[..2].copy_from_slice(&f32_to_f16(line.d));
         block[2..4].copy_from_slice(&f32_to_f16(line.b));
         for n in 0..16 {
@@ -41,10 +41,10 @@ impl BlockFormat<20, 32> for Blocks {
 
 /// Scale, offset (both as F16 reads them back) and codes `0..=q_max` of a block; Q5_1 shares this.
 #[inline(always)]
-pub fn codes(values: &[f32; 32], q_max: f32) -> (Line, [u8; 32]) {
+pub fn codes(values: &[f32; 32], given: Option<&[f32; 32]>, q_max: f32) -> (Line, [u8; 32]) {
     let codes = Codes { q_max, offset_below_zero: false };
     let x = fit::finite(values);
-    let line = codes.fit(&x, &fit::importance(&x), |line| Line {
+    let line = codes.fit(&x, &fit::importance(&x, given), |line| Line {
         d: fit::rounded_to_f16(line.d),
         b: fit::rounded_to_f16(line.b),
     });

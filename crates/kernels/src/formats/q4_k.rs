@@ -40,8 +40,8 @@ impl BlockFormat<144, 256> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 256], block: &mut [u8; 144]) {
-        let fitted = fit::offset_block::<8, 32>(values, 15.0, 63.0);
+    fn quantize(values: &[f32; 256], given: Option<&[f32; 256]>, block: &mut [u8; 144]) {
+        let fitted = fit::offset_block::<8, 32>(values, given, 15.0, 63.0);
         block[..2].copy_from_slice(&fitted.d);
         block[2..4].copy_from_slice(&fitted.d_min);
         block[4..16].copy_from_slice(&pack_scales(&fitted.scales, &fitted.mins));

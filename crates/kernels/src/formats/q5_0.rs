@@ -26,10 +26,10 @@ impl BlockFormat<22, 32> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 32], block: &mut [u8; 22]) {
+    fn quantize(values: &[f32; 32], given: Option<&[f32; 32]>, block: &mut [u8; 22]) {
         let levels = fit::integers(16.0);
         let x = fit::finite(values);
-        let d = levels.fit(&x, &fit::importance(&x), fit::rounded_to_f16);
+        let d = levels.fit(&x, &fit::importance(&x, given), fit::rounded_to_f16);
         let inv = fit::inverse(d);
         let q = x.map(|x| ((levels.nearest)(x * inv) + 16.0) as u8);
         block[..2].copy_from_slice(&f32_to_f16(d));

@@ -25,8 +25,8 @@ impl BlockFormat<24, 32> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 32], block: &mut [u8; 24]) {
-        let (line, q) = q4_1::codes(values, 31.0);
+    fn quantize(values: &[f32; 32], given: Option<&[f32; 32]>, block: &mut [u8; 24]) {
+        let (line, q) = q4_1::codes(values, given, 31.0);
         block[..2].copy_from_slice(&f32_to_f16(line.d));
         block[2..4].copy_from_slice(&f32_to_f16(line.b));
         block[4..].copy_from_slice(&q5_0::pack(&q));

@@ -39,8 +39,8 @@ impl BlockFormat<210, 256> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 256], block: &mut [u8; 210]) {
-        let fitted = fit::signed_block::<16, 16>(values, fit::integers(32.0), 128);
+    fn quantize(values: &[f32; 256], given: Option<&[f32; 256]>, block: &mut [u8; 210]) {
+        let fitted = fit::signed_block::<16, 16>(values, given, fit::integers(32.0), 128);
         let codes = fitted.levels.map(|level| (level + 32.0) as u8);
         block.fill(0);
         for (half, codes) in codes.chunks_exact(128).enumerate() {

@@ -26,7 +26,7 @@ impl BlockFormat<34, 32> for Blocks {
     }
 
     #[inline(always)]
-    fn quantize(values: &[f32; 32], block: &mut [u8; 34]) {
+    fn quantize(values: &[f32; 32], _given: Option<&[f32; 32]>, block: &mut [u8; 34]) {
         let max = values.iter().fold(0.0f32, |max, x| max.max(x.abs()));
         let d_bytes = f32_to_f16(max / 127.0);
         let d = f16_to_f32(d_bytes);
