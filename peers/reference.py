@@ -56,6 +56,9 @@ def random(name, folder):
     ids = tiny_tokenizer.build(pre, folder)
     model = widen(build(ids), TARGETS[name]).float().eval()
     make.randomise(model, seed)
+    if model.config.tie_word_embeddings and "Gemma" not in type(model).__name__:
+        # Logits near 1, as an untied head has them.
+        model.model.embed_tokens.weight.data.div_(model.config.hidden_size ** 0.5)
     model.save_pretrained(folder)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 

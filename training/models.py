@@ -7,7 +7,9 @@ the experts are narrower.
 import json
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
@@ -119,5 +121,17 @@ def build(name: str, seed: int = 0):
 
 
 def from_dir(path):
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    """A saved target, with its prediction head if it has one."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.config._experts_implementation = "eager"
+    head = {n.removeprefix("mtp."): t for n, t in load_file(path / "model.safetensors").items() if n.startswith("mtp.")}
+    if head:
+        # Saved one by one, as checkpoints have them.
+        mlp = "layers.0.mlp.experts"
+        part = lambda e, name: head.pop(f"{mlp}.{e}.{name}_proj.weight")
+        n = range(model.config.num_experts)
+        head[f"{mlp}.gate_up_proj"] = torch.stack([torch.cat([part(e, "gate"), part(e, "up")]) for e in n])
+        head[f"{mlp}.down_proj"] = torch.stack([part(e, "down") for e in n])
+        model.mtp = NextN(model.config)
+        model.mtp.load_state_dict(head)
+    return model

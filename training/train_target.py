@@ -151,7 +151,14 @@ def mtp_right(model, data, seq):
 
 def export(model, tokenizer, dest):
     dest.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(dest)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        # No text has the mask token, so as a row of the head its embedding was pushed far away from all states. A drafter's
+        # masked rows begin with it and would have to push it back first.
+        rows = weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+        rows[models.MASK] *= 0.05
+        weights["lm_head.weight"] = rows
+    model.save_pretrained(dest, state_dict=weights)
     for f in tokenizer.iterdir():
         shutil.copy(f, dest / f.name)
 
