@@ -19,15 +19,20 @@ HEAD = ("| checkpoint | type | paceline: mean abs, mean KL, top-1 | llama.cpp: m
         "paceline, llama.cpp | paceline against llama.cpp: max abs, mean KL, perplexity |\n| --- | --- | --- | --- | --- | --- |")
 
 
-def call(*command):
+def call(*command, may_fail=False):
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode and may_fail:
+        return None
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command[:4]))}: {done.stderr.strip()[-400:]}")
     return done.stdout
 
 
-def summary(peers, file, *args):
-    lines = json.loads(call(peers, "logits", file, "--json", *args))["tables"]["all but the last row"]
+def summary(peers, file, *args, may_fail=False):
+    report = call(peers, "logits", file, "--json", *args, may_fail=may_fail)
+    if report is None:
+        return None
+    lines = json.loads(report)["tables"]["all but the last row"]
     return {line["engine"]: line for line in lines}
 
 
@@ -63,11 +68,13 @@ def main():
             file = a.work / f"{short}-{ty}.gguf"
             call(a.paceline, "convert", folder, file, "--type", ty)
             both = summary(a.peers, file, "--reference", recorded, "--engines", "paceline,llama.cpp")
-            direct = summary(a.peers, file, "--tokens", tokens, "--engines", "paceline,llama.cpp")["paceline"]
+            # For some architectures llama.cpp can't take rows back, which this command also tries.
+            direct = summary(a.peers, file, "--tokens", tokens, "--engines", "paceline,llama.cpp", may_fail=True)
             ours, theirs = both["paceline"], both["llama.cpp"]
             ratio = 100 * (ours["perplexity"] / theirs["perplexity"] - 1)
             means = f"{ours[REFERENCE]:.5g}, {ours['perplexity']:.5g}, {theirs['perplexity']:.5g}"
-            apart = f"{direct['max abs']:.2g}, {direct['mean KL']:.2g}, {ratio:+.2f} %"
+            apart = f"{direct['paceline']['max abs']:.2g}, {direct['paceline']['mean KL']:.2g}" if direct else "–"
+            apart += f", {ratio:+.2f} %"
             print(f"| {short} | {ty} | {show(ours)} | {show(theirs)} | {means} | {apart} |", flush=True)
             file.unlink()
 

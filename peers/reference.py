@@ -39,7 +39,10 @@ TARGETS = {
     "qwen35moe": WIDE | HEADS | DELTA | EXPERTS | SHARED | MROPE,
     "qwen3next": WIDE | HEADS | DELTA | EXPERTS | SHARED | PART,
     "gemma4": WIDE | HEADS | GEMMA | KEYS_ARE_VALUES,
-    "gemma4-e": WIDE | HEADS | GEMMA | dict(hidden_size_per_layer_input=64, vocab_size_per_layer_input=N_VOCAB),
+    # llama.cpp takes it that the last layers with keys and values of their own are a sliding and then a full one.
+    "gemma4-e": WIDE | HEADS | GEMMA | dict(
+        hidden_size_per_layer_input=64, vocab_size_per_layer_input=N_VOCAB, num_hidden_layers=8,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2),
     "gemma4-moe": WIDE | HEADS | GEMMA | KEYS_ARE_VALUES | dict(num_experts=8, top_k_experts=2, moe_intermediate_size=256),
 }
 
