@@ -240,17 +240,14 @@ fn served(pair: &Pair, n_slot: usize, n_draft_max: usize) -> Vec<Answer> {
     (0..pair.references.len()).map(|i| answers.remove(&RequestId(i as u64)).unwrap()).collect()
 }
 
-/// What a pair reaches at least.
-struct Floor {
-    /// Share of drafted tokens that are the reference's.
-    same: f64,
-    /// Accepted drafts a verify.
-    per_verify: f64,
-}
+/// Share of the drafted tokens that are the reference's: at least, where all is right; at most, where something is one off.
+const RIGHT: f64 = 0.97;
+const WRONG: f64 = 0.9;
 
-fn check(pair: &Pair, floor: &Floor) {
+/// `per_verify`: accepted drafts a verify, at least.
+fn check(pair: &Pair, per_verify: f64) {
     let forced = teacher_forced(pair, States::Own);
-    assert!(forced.n_round > 50 && forced.share() >= floor.same, "{:.3}: {forced:?}", forced.share());
+    assert!(forced.n_round > 50 && forced.share() >= RIGHT, "{:.3}: {forced:?}", forced.share());
     let (got, want) = (forced.n_accepted, forced.n_accepted_reference);
     assert!(got * 100 >= want * 97, "{got} accepted, the reference has {want}: {forced:?}");
 
@@ -271,7 +268,7 @@ fn check(pair: &Pair, floor: &Floor) {
         // A request's first verify is its prompt's, which has no draft.
         let n_verify = sum(|s| s.n_verify) - drafted.len();
         let mean = sum(|s| s.n_accepted) as f64 / n_verify as f64;
-        assert!(mean >= floor.per_verify, "{n_slot} slots: {mean:.2} accepted a verify");
+        assert!(mean >= per_verify, "{n_slot} slots: {mean:.2} accepted a verify");
         match n_slot {
             1 => alone = drafted,
             _ => assert_eq!(drafted, alone, "{n_slot} slots"),
@@ -279,10 +276,10 @@ fn check(pair: &Pair, floor: &Floor) {
     }
 }
 
-/// What is off by one must be seen: far fewer of the reference's tokens, `most` at best.
-fn check_seen(what: &str, pair: &Pair, states: States, most: f64) {
+/// What is off by one must be seen.
+fn check_seen(what: &str, pair: &Pair, states: States) {
     let forced = teacher_forced(pair, states);
-    assert!(forced.share() <= most, "{what}: still {:.3}: {forced:?}", forced.share());
+    assert!(forced.share() <= WRONG, "{what}: still {:.3}: {forced:?}", forced.share());
 }
 
 fn hybrid_moe() -> Pair {
@@ -296,23 +293,23 @@ fn gemma4() -> Pair {
 /// Experts, delta rules, and a prediction head that was trained with them.
 #[test]
 fn hybrid_moe_and_its_head() {
-    check(&hybrid_moe(), &Floor { same: 0.97, per_verify: 1.0 });
+    check(&hybrid_moe(), 1.4);
 }
 
 #[test]
 fn a_head_with_states_one_off() {
-    check_seen("late states", &hybrid_moe(), States::Late, 0.8);
+    check_seen("late states", &hybrid_moe(), States::Late);
 }
 
 /// Windows, keys that are values, scaled embeddings; the drafter's first layer sees 8 positions.
 #[test]
 fn gemma4_and_its_dflash_drafter() {
-    check(&gemma4(), &Floor { same: 0.97, per_verify: 1.0 });
+    check(&gemma4(), 1.1);
 }
 
 #[test]
 fn a_dflash_drafter_with_something_one_off() {
-    check_seen("late states", &gemma4(), States::Late, 0.8);
+    check_seen("late states", &gemma4(), States::Late);
     let taps = |by: i32| {
         move |metadata: &mut Metadata| {
             let key = "dflash.target_layers";
@@ -323,17 +320,17 @@ fn a_dflash_drafter_with_something_one_off() {
     let window =
         |n: u32| move |metadata: &mut Metadata| metadata.insert("dflash.attention.sliding_window", n);
     let causal = |yes: bool| move |metadata: &mut Metadata| metadata.insert("dflash.attention.causal", yes);
-    let changes: [(&str, Box<dyn FnOnce(&mut Metadata)>, f64); 6] = [
-        ("taps one later", Box::new(taps(1)), 0.8),
-        ("taps one earlier", Box::new(taps(-1)), 0.8),
-        ("a window of 7", Box::new(window(7)), 0.95),
-        ("a window of 9", Box::new(window(9)), 0.95),
-        ("no row sees a later one", Box::new(causal(true)), 0.8),
-        ("all rows see all", Box::new(causal(false)), 0.8),
+    let changes: [(&str, Box<dyn FnOnce(&mut Metadata)>); 6] = [
+        ("taps one later", Box::new(taps(1))),
+        ("taps one earlier", Box::new(taps(-1))),
+        ("a window of 7", Box::new(window(7))),
+        ("a window of 9", Box::new(window(9))),
+        ("no row sees a later one", Box::new(causal(true))),
+        ("all rows see all", Box::new(causal(false))),
     ];
-    for (what, change, most) in changes {
+    for (what, change) in changes {
         let mut pair = gemma4();
         pair.drafter = changed(&pair.drafter, change);
-        check_seen(what, &pair, States::Own, most);
+        check_seen(what, &pair, States::Own);
     }
 }
