@@ -43,6 +43,7 @@ def main():
     ap.add_argument("--seed", type=int, default=5)
     a = ap.parse_args()
     torch.set_num_threads(a.threads)
+    models.open_run(a.out)
     torch.manual_seed(a.seed)
     model = models.from_dir(a.out / a.family / "hf").to(a.device).eval()
     data = np.memmap(a.out / "train.bin", dtype=np.uint16, mode="r")

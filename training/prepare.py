@@ -1,7 +1,7 @@
 """Train the tokenizer and encode the corpus.
 
-Tokenizer: byte-level BPE, Qwen2 pre-tokenizer, NFC normaliser, 4096 entries:
-4088 BPE entries followed by 8 special tokens (as in the real Qwen files, the
+Tokenizer: byte-level BPE, Qwen2 pre-tokenizer, NFC normaliser, --vocab entries
+(4096), the last 8 of which are special tokens (as in the real Qwen files, the
 specials come after the BPE part).  <|MASK|> is the DFlash mask token.
 
 The corpus is DIR/synthetic.txt (gen_synthetic.py) and, with --data, the texts of another folder: *.txt with
@@ -18,7 +18,6 @@ import re
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-VOCAB = 4096
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
             "<|MASK|>"]
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -46,7 +45,7 @@ def documents(out: pathlib.Path, data: pathlib.Path | None) -> list[str]:
     return docs + stories(out / "synthetic.txt")
 
 
-def train_tokenizer(docs):
+def train_tokenizer(docs, n_vocab):
     tok = Tokenizer(models.BPE(byte_fallback=False, fuse_unk=False))
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence([
@@ -54,16 +53,16 @@ def train_tokenizer(docs):
         pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(SPECIALS), special_tokens=[], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=n_vocab - len(SPECIALS), special_tokens=[], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     strip = lambda d: re.sub(r"<\|[a-z_]+\|>|</?think>|</?tool_call>", " ", d)
     tok.train_from_iterator((strip(d) for d in docs), trainer)
-    # Little text has fewer than 4088 things to merge; the special tokens keep their ids all the same.
-    gap = range(tok.get_vocab_size(), VOCAB - len(SPECIALS))
+    # Little text has fewer things to merge; the special tokens keep their ids all the same.
+    gap = range(tok.get_vocab_size(), n_vocab - len(SPECIALS))
     tok.add_special_tokens([AddedToken(f"<|unused_{i}|>", normalized=False, special=True) for i in gap])
     tok.add_special_tokens([AddedToken(s, normalized=False, special=not s.strip("</>").startswith(("think", "tool")))
                             for s in SPECIALS])
-    assert tok.get_vocab_size() == VOCAB, tok.get_vocab_size()
+    assert tok.get_vocab_size() == n_vocab, tok.get_vocab_size()
     return tok
 
 
@@ -71,10 +70,11 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=pathlib.Path, default="out", help="folder of this run")
     ap.add_argument("--data", type=pathlib.Path, help="folder of further texts")
+    ap.add_argument("--vocab", type=int, default=4096, help="entries of the tokenizer, 8 of them special tokens")
     a = ap.parse_args()
     docs = documents(a.out, a.data)
     random.Random(7).shuffle(docs)
-    t = train_tokenizer(docs[::3])
+    t = train_tokenizer(docs[::3], a.vocab)
     d = a.out / "tokenizer"
     d.mkdir(exist_ok=True, parents=True)
     t.save(str(d / "tokenizer.json"))

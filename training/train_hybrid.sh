@@ -15,4 +15,4 @@ THREADS=${THREADS:-1}
 "$PY" train_target.py --out "$OUT" --family hybrid --tokens "${TOKENS:-10e6}" --bs 24 --lr 3e-3 --adam-lr 3e-3 \
     --threads "$THREADS" --compile
 "$PY" train_dflash.py --out "$OUT" --family hybrid --threads "$THREADS"
-"$PY" eval_dflash.py --out "$OUT" --family hybrid --dump "$OUT/hybrid-dflash/golden.json"
+"$PY" eval_drafter.py --out "$OUT" --family hybrid --dump "$OUT/hybrid-dflash/golden.json"

@@ -3,6 +3,8 @@
     python train_target.py --family hybrid --tokens 24e6 --threads 1
 
 Matrices inside the layers are trained with Muon, everything else with AdamW.
+A prediction head learns together with its target: a third of its own loss is
+added. So is a hundredth of what keeps the experts equally busy.
 Writes out/<family>/ckpt.pt (weights, optimiser, step) every --save-every
 seconds together with out/<family>/hf/ (a normal Hugging Face directory with
 the tokenizer), and out/<family>/log.jsonl.  `touch out/<family>/STOP` ends a
@@ -64,23 +66,58 @@ class HeadLoss(torch.autograd.Function):
         return dh * g, dw * g if ctx.needs_input_grad[1] else None, None, None
 
 
+def head_loss(model, h, y):
+    return HeadLoss.apply(h.flatten(0, 1), model.lm_head.weight, y.flatten(), None)
+
+
+def mtp_loss(model, h, x):
+    """Of the prediction head: from the token at i + 1 and the state at i to the token at i + 2."""
+    return head_loss(model, model.mtp(model.model, x[:, 1:-1], h[:, :-1]), x[:, 2:])
+
+
+class Balance:
+    """Collects what the routers of a forward say; `loss` is 1 if all experts are equally busy ("Switch Transformers",
+    arXiv 2101.03961)."""
+
+    def __init__(self, model):
+        self.seen = []
+        for m in model.modules():
+            if type(m).__name__.endswith("TopKRouter"):
+                m.register_forward_hook(lambda _m, _i, out: self.seen.append((out[0], out[2])))
+
+    def loss(self):
+        total = 0.0
+        for logits, chosen in self.seen:
+            n = logits.shape[-1]
+            part = F.one_hot(chosen, n).float().mean((0, 1))
+            total = total + n * (part * logits.softmax(-1).mean(0)).sum() / len(self.seen)
+        self.seen.clear()
+        return total
+
+
 def loss_of(model, x):
+    if hasattr(model, "mtp"):
+        h = model.model(input_ids=x[:, :-1], use_cache=False).last_hidden_state
+        loss = head_loss(model, h, x[:, 1:])
+        return loss + mtp_loss(model, h, x) / 3 if model.training else loss
     if getattr(model.config, "final_logit_softcapping", None) or x.device.type != "cpu":
         logits = model(input_ids=x[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
     h = model.model(input_ids=x[:, :-1], use_cache=False).last_hidden_state
-    return HeadLoss.apply(h.flatten(0, 1), model.lm_head.weight, x[:, 1:].flatten(), None)
+    return head_loss(model, h, x[:, 1:])
 
 
 def optimisers(model, lr, adam_lr, wd):
-    mats, rest = [], []
+    mats, experts, rest = [], [], []
     for n, p in model.named_parameters():
         if not p.requires_grad:
             continue
         hidden = p.ndim == 2 and "embed" not in n and "lm_head" not in n and min(p.shape) >= 32
-        (mats if hidden else rest).append(p)
+        (mats if hidden else experts if p.ndim == 3 and ".experts." in n else rest).append(p)
     return [torch.optim.Muon(mats, lr=lr, weight_decay=wd, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)]
+            # Stacked experts are matrices too, which AdamW moves further in a step than Muon.
+            torch.optim.AdamW([{"params": rest}, {"params": experts, "lr": adam_lr / 4}], lr=adam_lr, betas=(0.9, 0.95),
+                              weight_decay=0.0)]
 
 
 def schedule(step, total, warm=100, final=0.05):
@@ -101,9 +138,27 @@ def evaluate(model, data, seq, n=48):
     return sum(v) / len(v)
 
 
+@torch.no_grad()
+def mtp_right(model, data, seq):
+    """How often the prediction head's first choice is the next token of held-out text, where it drafts one token."""
+    model.eval()
+    x = next(batches(data / "val.bin", 16, seq, 99)).to(next(model.parameters()).device)
+    h = model.model(input_ids=x[:, :-1], use_cache=False).last_hidden_state
+    z = model.lm_head(model.mtp(model.model, x[:, 1:-1], h[:, :-1]))
+    model.train()
+    return (z.argmax(-1) == x[:, 2:]).float().mean().item()
+
+
 def export(model, tokenizer, dest):
     dest.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(dest)
+    weights = model.state_dict()
+    if model.config.tie_word_embeddings:
+        # No text has the mask token, so as a row of the head its embedding was pushed far away from all states. A drafter's
+        # masked rows begin with it and would have to push it back first.
+        rows = weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].clone()
+        rows[models.MASK] *= 0.05
+        weights["lm_head.weight"] = rows
+    model.save_pretrained(dest, state_dict=weights)
     for f in tokenizer.iterdir():
         shutil.copy(f, dest / f.name)
 
@@ -129,8 +184,10 @@ def main():
     if a.device == "cpu" and a.family.startswith("hybrid"):
         import gdr_cpu
         gdr_cpu.install()
+    models.open_run(a.out)
     model = models.build(a.family).to(a.device)
     model.train()
+    balance = Balance(model)
     npar = sum(p.numel() for p in model.parameters())
     opts = optimisers(model, a.lr, a.adam_lr, a.wd)
     base = [[g["lr"] for g in o.param_groups] for o in opts]
@@ -168,7 +225,7 @@ def main():
         x = next(it).to(a.device)
         with torch.autocast(a.device, dtype=torch.bfloat16, enabled=a.bf16):
             loss = loss_of(run, x)
-        loss.backward()
+        (loss + 0.01 * balance.loss()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in opts:
             o.step()
@@ -192,6 +249,9 @@ def main():
             rec["eta_min"] = round((total - step) * a.bs * a.seq / max(1, rec["tok_s"]) / 60)
             if step % 250 == 0:
                 rec["val"] = round(evaluate(model, a.out, a.seq), 4)
+                if hasattr(model, "mtp"):
+                    rec["mtp_right"] = round(mtp_right(model, a.out, a.seq), 3)
+                balance.seen.clear()
             mark, mstep, acc = now, step, []
             with open(d / "log.jsonl", "a") as f:
                 f.write(json.dumps(rec) + "\n")

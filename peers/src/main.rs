@@ -11,6 +11,7 @@ mod engine;
 #[allow(unsafe_code)]
 mod llama;
 mod ours;
+mod recorded;
 mod report;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -89,6 +90,9 @@ enum Command {
         /// Token ids to run
         #[arg(long, value_delimiter = ',')]
         tokens: Vec<Token>,
+        /// What `reference.py` computed: its tokens are run, and all engines are compared with it
+        #[arg(long, conflicts_with_all = ["text", "tokens"])]
+        reference: Option<PathBuf>,
     },
     /// Perplexity of a text, and differences of its logits
     Perplexity {
@@ -225,7 +229,17 @@ fn main() -> Result<ExitCode> {
             dflash::dflash(pair, &settings, (*depth, *keep), repeat, &mut report)?;
             report
         }
-        Command::Logits { common, text, tokens } => {
+        Command::Logits { common, reference: Some(reference), .. } => {
+            let mut report = Report::new("logits", common.json);
+            let recorded = recorded::Recorded::open(reference)?;
+            let tokens = recorded.tokens().to_vec();
+            let settings = common.settings(1, tokens.len() + ROOM, 1);
+            let mut engines = common.load(&settings, &mut report)?;
+            engines.all.push(Box::new(recorded));
+            compare::logits(&mut engines, &tokens, &mut report)?;
+            report
+        }
+        Command::Logits { common, text, tokens, reference: None } => {
             let mut report = Report::new("logits", common.json);
             let tokens = match (&tokens[..], text) {
                 ([], text) => match (common.tokens(text.as_deref().unwrap_or(TEXT), &mut report), text) {

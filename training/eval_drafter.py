@@ -1,9 +1,9 @@
-"""Speculative greedy decoding with a target and its drafter, without caches
-(slow, simple, exact): checks that the output equals plain greedy decoding and
-prints the mean number of tokens per target pass.  --dump writes the rounds as
-JSON, a reference for other implementations.
+"""Speculative greedy decoding with a target and its drafter, or its prediction
+head, without caches (slow, simple, exact): checks that the output equals plain
+greedy decoding and prints the mean number of tokens per target pass.  --dump
+writes the rounds as JSON, a reference for other implementations.
 
-    python eval_dflash.py --family hybrid [--dump out/hybrid-dflash/golden.json]
+    python eval_drafter.py --family hybrid [--dump out/hybrid-dflash/golden.json]
 """
 import argparse
 import json
@@ -23,14 +23,26 @@ PROMPTS = ["Once upon a time, there was a little girl named Lily.",
            "<|im_start|>user\nWrite a Python function add.<|im_end|>\n<|im_start|>assistant\n"]
 
 
+@torch.no_grad()
+def head_draft(target, states, seq, n):
+    """`n` tokens behind `seq`, whose last has no state yet, of the target's prediction head."""
+    tokens, states = seq[1:], states[:, :len(seq) - 1]
+    for _ in range(n):
+        h = target.mtp(target.model, torch.tensor([tokens]), states)[:, -1:]
+        tokens, states = tokens + [target.lm_head(h)[0, 0].argmax().item()], torch.cat([states, h], 1)
+    return tokens[-n:]
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=pathlib.Path, default="out", help="folder of this run, as prepare.py left it")
     ap.add_argument("--family", default="hybrid")
     ap.add_argument("--new", type=int, default=96)
+    ap.add_argument("--draft", type=int, default=3, help="tokens that a prediction head drafts")
     ap.add_argument("--dump")
     a = ap.parse_args()
     torch.set_num_threads(1)
+    models.open_run(a.out)
     tok = Tokenizer.from_file(str(a.out / "tokenizer" / "tokenizer.json"))
     if a.family.startswith("hybrid"):
         import gdr_cpu
@@ -38,8 +50,17 @@ def main():
     target = models.from_dir(a.out / a.family / "hf").eval()
     dd = a.out / f"{a.family}-dflash" / "hf"
     model = dflash.DFlash.load(dd).eval() if dd.exists() else None
-    ids = model.target_layer_ids if model else []
-    run = dflash.Features(target, ids) if model else None
+    if model:
+        run = dflash.Features(target, model.target_layer_ids)
+        guess = lambda feats, seq: dflash.draft(model, feats, target, seq[-1], len(seq) - 1).tolist()
+    elif hasattr(target, "mtp"):
+        # It reads the normed states, which hooks on layers don't see.
+        def run(x, logits):
+            h = target.model(input_ids=x, use_cache=False).last_hidden_state
+            return h, target.lm_head(h)
+        guess = lambda feats, seq: head_draft(target, feats, seq, a.draft)
+    else:
+        guess = None
     golden = []
     for p in PROMPTS:
         x = torch.tensor([tok.encode(p, add_special_tokens=False).ids])
@@ -48,16 +69,18 @@ def main():
             y = x
             while y.shape[1] < n0 + a.new and y[0, -1] != models.IM_END and y[0, -1] != models.EOT:
                 y = torch.cat([y, target(input_ids=y, use_cache=False).logits[:, -1:].argmax(-1)], 1)
-        if model is None:
+        if guess is None:
             print(repr(tok.decode(y[0].tolist(), skip_special_tokens=False)))
             continue
-        feats, logits = run(x, logits=True)
+        with torch.no_grad():
+            feats, logits = run(x, logits=True)
         seq = x[0].tolist() + [logits[0, -1].argmax().item()]
         rounds = []
         while len(seq) < y.shape[1]:
             start = len(seq) - 1
-            d = dflash.draft(model, feats, target, seq[-1], start).tolist()
-            feats, logits = run(torch.tensor([seq + d]), logits=True)
+            d = guess(feats, seq)
+            with torch.no_grad():
+                feats, logits = run(torch.tensor([seq + d]), logits=True)
             want = logits[0, start:].argmax(-1).tolist()
             k = 0
             while k < len(d) and d[k] == want[k]:
