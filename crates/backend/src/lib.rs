@@ -24,7 +24,7 @@ mod schedule;
 mod step;
 mod work;
 
-pub use builder::{Experts, Matrix, PlanBuilder, Routes, Tap, Vector};
+pub use builder::{Experts, LocalKernels, Matrix, PlanBuilder, Routes, Tap, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, SavedId, SlotId, Step, StepOut};

@@ -93,7 +93,7 @@ pub struct StepOut {
     pub output: Vec<f32>,
     /// Width of an output row.
     pub output_width: usize,
-    /// `[n, taps_width]`: the tapped hidden states of every row, tap layers side by side.
+    /// `[n, taps_width]`: the tapped hidden states of every row, tap layers side by side; or a plan's second result.
     pub taps: Vec<f32>,
     /// Width of a taps row, 0 without taps.
     pub taps_width: usize,
