@@ -34,6 +34,11 @@ fn check(pair: &Pair, drafter: &str) -> (usize, usize) {
     for request in &mut requests {
         request.n_predict = request.n_predict.map(|n| n.min(16));
         request.prompt.truncate(30);
+        // Some say little but two tokens: such text repeats itself, and even who knows nothing is right at times.
+        if request.id.0 % 3 == 1 {
+            request.n_predict = Some(24);
+            request.sampling.logit_bias = vec![(17, 30.0), (29, 30.0)];
+        }
     }
     // A cancelled one is asked again, and so has somebody else's slot.
     let again = |id: u64| Request { id: RequestId(100 + id), ..requests[id as usize].clone() };
@@ -68,11 +73,11 @@ fn check(pair: &Pair, drafter: &str) -> (usize, usize) {
 fn check_all(target: &'static str) {
     let pair = pair(target);
     for drafter in ["dflash", "dflash2"] {
-        let (n_draft, _) = check(&pair, drafter);
-        assert!(n_draft > 1000, "{target}, {drafter}: {n_draft} drafted");
+        let (n_draft, n_accepted) = check(&pair, drafter);
+        assert!(n_draft > 1000 && n_accepted > 0, "{target}, {drafter}: {n_accepted} of {n_draft}");
     }
-    let (n_draft, _) = check(&pair, "ngram-simple");
-    assert!(n_draft > 10, "{target}: {n_draft} copied");
+    let (n_draft, n_accepted) = check(&pair, "ngram-simple");
+    assert!(n_draft > 100 && n_accepted > 0, "{target}: {n_accepted} of {n_draft} copied");
     let (n_draft, n_accepted) = check(&pair, "draft");
     // It sees what was accepted and not what it guessed, so penalties may mislead it.
     assert!(n_accepted * 2 > n_draft, "{target}: {n_accepted} of its own {n_draft}");

@@ -62,6 +62,8 @@ impl Candidates {
     pub fn bias(&mut self, token: u32, bias: f32) {
         let logit = match self.dense {
             true => &mut self.row[token as usize],
+            // Nobody banned is listed.
+            false if bias == f32::NEG_INFINITY => return self.list.retain(|c| c.token != token),
             false => match self.list.iter_mut().find(|c| c.token == token) {
                 Some(c) => &mut c.logit,
                 None => return,

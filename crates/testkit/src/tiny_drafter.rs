@@ -9,7 +9,7 @@ use crate::Rng;
 pub struct DrafterSizes {
     /// Layers of the target.
     pub n_layer: usize,
-    /// Width of its hidden states, a multiple of 4.
+    /// Width of its hidden states, an even number.
     pub n_embd: usize,
     /// Its vocabulary.
     pub n_vocab: usize,
@@ -21,7 +21,7 @@ const N_HEAD_KV: usize = 2;
 const HEAD: usize = 10;
 const FF: usize = 30;
 /// Channels that share a kernel of version 2, its taps, rank and candidates.
-const GROUP: usize = 4;
+const GROUP: usize = 2;
 const N_TAP: usize = 2;
 const RANK: usize = 5;
 const N_TOP: usize = 8;

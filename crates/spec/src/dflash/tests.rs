@@ -191,7 +191,7 @@ fn fused_context_is_the_references() {
     let bench = bench();
     let (want, width) = (bench.golden.f32("ctx"), bench.golden.shape("ctx")[1]);
     let n = want.len() / width;
-    let fused = |norm: fn(&mut PlanBuilder<'_>, &Network, paceline_backend::Buf) -> paceline_backend::Buf| {
+    let fused = |norm: fn(&mut PlanBuilder<'_>, &Network, Buf) -> Buf| {
         let mut p = PlanBuilder::new(&[]);
         let features = p.input(bench.n_features());
         let ctx = p.matmul(features, &bench.network.fc);
