@@ -44,6 +44,7 @@ use paceline_models::{
 
 use crate::{
     Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+    drafter::known,
 };
 use dialect::{ARCHS, Contract, Ends, TargetFacts};
 use selector::Selector;
@@ -287,7 +288,7 @@ impl Dflash {
         let mut before = request.anchor;
         for i in 1..=n_draft {
             let (row, position) = (first_output + i - 1, (request.position + i) as u64);
-            let mut logits = self.out.output_row(row);
+            let (mut logits, mut known) = (self.out.output_row(row), known(&self.out, row));
             if let Some(d2t) = &self.contract.d2t {
                 full.clear();
                 full.resize(self.n_vocab, f32::NEG_INFINITY);
@@ -295,13 +296,14 @@ impl Dflash {
                     full[token as usize] = logit;
                 }
                 logits = &full;
+                known = None;
             }
             let proposed = match &mut self.selector {
                 Some(selector) => {
                     let state = self.out.taps_rows(row..row + 1);
                     selector.propose(request.sampler, (position, before), logits, state)
                 }
-                None => request.sampler.propose(position, logits),
+                None => request.sampler.propose_known(position, logits, known),
             };
             match proposed {
                 Ok(proposal) => {
