@@ -44,8 +44,12 @@ def rope(x, pos, theta):
 class Drafter:
     """The weights, and the dense form."""
 
-    def __init__(self, config, weights, embedding, head, cap=None):
+    # Whether all layers are causal inside the block, where the config does not say; none if each as its kind.
+    all_causal = None
+
+    def __init__(self, config, weights, embedding, head, cap=None, factor=1.0):
         self.c, self.w, self.embedding, self.head = config, weights, embedding, head
+        self.factor = factor
         self.eps = config["rms_norm_eps"]
         self.cap = cap
 
@@ -59,7 +63,7 @@ class Drafter:
         return self.c["sliding_window"] if self.c["layer_types"][il] == "sliding_attention" else None
 
     def causal(self, il):
-        explicit = self.c.get("is_causal")
+        explicit = self.c.get("is_causal", self.all_causal)
         return self.window(il) is not None if explicit is None else explicit
 
     def embed(self, anchor, n_row):
@@ -78,15 +82,19 @@ class Drafter:
         q = (x @ self.layer(il, "self_attn.q_proj").T).view(len(x), -1, self.c["head_dim"])
         return rope(rms(q, self.layer(il, "self_attn.q_norm"), self.eps), pos, self.c["rope_theta"])
 
+    def around(self, il, part, u):
+        """What goes into a sublayer in place of `u`, and what is done to what comes out of it: nothing in version 1."""
+        return u, lambda y: y
+
     def mlp(self, il, x):
-        v = rms(x, self.layer(il, "post_attention_layernorm"), self.eps)
+        v, finish = self.around(il, "mlp", rms(x, self.layer(il, "post_attention_layernorm"), self.eps))
         gate, up = v @ self.layer(il, "mlp.gate_proj").T, v @ self.layer(il, "mlp.up_proj").T
-        return (torch.nn.functional.silu(gate) * up) @ self.layer(il, "mlp.down_proj").T
+        return finish((torch.nn.functional.silu(gate) * up) @ self.layer(il, "mlp.down_proj").T)
 
     def finish(self, states):
         out = {f"layer.{il}": x for il, x in enumerate(states)}
         out["final_norm"] = rms(states[-1], self.w["norm.weight"], self.eps)
-        logits = out["final_norm"] @ self.head.T
+        logits = self.factor * (out["final_norm"] @ self.head.T)
         out["logits"] = logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
         return out
 
@@ -107,7 +115,7 @@ class Drafter:
         x, states = self.embed(anchor, n_row), []
         group = self.c["num_attention_heads"] // self.c["num_key_value_heads"]
         for il in range(self.c["num_hidden_layers"]):
-            u = rms(x, self.layer(il, "input_layernorm"), self.eps)
+            u, finish = self.around(il, "attention", rms(x, self.layer(il, "input_layernorm"), self.eps))
             both = torch.cat([ctx, u])
             q = self.queries(il, u, pos[n:])
             k = self.keys(il, both, pos).repeat_interleave(group, 1)
@@ -115,7 +123,7 @@ class Drafter:
             score = torch.einsum("rhd,khd->hrk", q, k) / self.c["head_dim"] ** 0.5
             score = score.masked_fill(~self.mask(il, n, n_row), -torch.inf)
             o = torch.einsum("hrk,khd->rhd", score.softmax(-1), v).reshape(n_row, -1)
-            x = x + o @ self.layer(il, "self_attn.o_proj").T
+            x = x + finish(o @ self.layer(il, "self_attn.o_proj").T)
             x = x + self.mlp(il, x)
             states.append(x)
         return self.finish(states)
@@ -154,7 +162,7 @@ class Cache:
         pos = torch.arange(n, n + n_row)
         x, states = m.embed(anchor, n_row), []
         for il in range(m.c["num_hidden_layers"]):
-            u = rms(x, m.layer(il, "input_layernorm"), m.eps)
+            u, finish = m.around(il, "attention", rms(x, m.layer(il, "input_layernorm"), m.eps))
             q = m.queries(il, u, pos)
             own = list(zip(pos.tolist(), m.keys(il, u, pos), m.values(il, u)))
             out = torch.zeros_like(q)
@@ -165,7 +173,7 @@ class Cache:
                 for h in range(m.c["num_attention_heads"]):
                     score = torch.stack([q[r, h] @ k[h // group] for k, _ in seen]) / m.c["head_dim"] ** 0.5
                     out[r, h] = sum(weight * v[h // group] for weight, (_, v) in zip(score.softmax(0), seen))
-            x = x + out.flatten(1) @ m.layer(il, "self_attn.o_proj").T
+            x = x + finish(out.flatten(1) @ m.layer(il, "self_attn.o_proj").T)
             x = x + m.mlp(il, x)
             states.append(x)
         return m.finish(states)

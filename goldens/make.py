@@ -19,6 +19,7 @@ from transformers import (Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, Llam
                           Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
                           Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM)
 
+import dflash2_reference
 import dflash_reference
 import mtp_reference
 import tiny_tokenizer
@@ -69,10 +70,10 @@ def qwen3moe(ids):
         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
 
 
-def qwen35moe(ids):
+def qwen35moe(ids, n_layer=7):
     return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(
         vocab_size=129, hidden_size=44, moe_intermediate_size=20, shared_expert_intermediate_size=36, num_experts=9,
-        num_experts_per_tok=4, num_hidden_layers=7, layer_types=layer_kinds(7, 3), num_attention_heads=6,
+        num_experts_per_tok=4, num_hidden_layers=n_layer, layer_types=layer_kinds(n_layer, 3), num_attention_heads=6,
         num_key_value_heads=2, head_dim=12, linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=10,
         linear_value_head_dim=10, linear_conv_kernel_dim=4, tie_word_embeddings=False, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
@@ -121,6 +122,8 @@ TARGETS = {
     # R = 3 and Hk = 2 as in `qwen35`, R = 2 and Hk = 3: tiled and grouped value heads differ in both.
     "qwen35moe": ("qwen35", qwen35moe, 207),
     "qwen3next": ("qwen2", qwen3next, 165),
+    # Experts in the prediction head too.
+    "qwen35moe-mtp": ("qwen35", lambda ids: qwen35moe(ids, 4), 210),
     # As the 31B: K = V on full layers, which have fewer KV heads.
     "gemma4": ("gemma4", lambda ids: gemma4(ids, "ssfsf", attention_k_eq_v=True, num_global_key_value_heads=2), 300),
     # As E2B: embeddings of each layer's own; the last layers read the KV of layers 4 and 5 and are twice as wide. Neither
@@ -268,13 +271,18 @@ POINTS = [(1, None, 6), (3, None, 6), (7, 5, 6), (8, None, 4), (9, None, 6), (12
           (69, 0, 6), (75, 33, 6)]
 
 
-def make_drafter(name, seed, target, ids, tokens, hidden, taps, **extra):
-    # As the target does it: a factor on embedded rows, a bound on the logits.
-    scale = getattr(target.model.embed_tokens, "scalar_embed_scale", 1.0)
-    cap = getattr(target.config, "final_logit_softcapping", None)
+# Every layer slides and sees both ways inside the block.
+DFLASH2 = {"architectures": ["DFlash2DraftModel"], "layer_types": 3 * ["sliding_attention"]}
+
+
+def make_drafter(name, seed, target, ids, tokens, hidden, taps, reference=dflash_reference, **extra):
+    extra, more = {k: v for k, v in extra.items() if k != "dflash_config"}, extra.get("dflash_config", {})
+    # As the target does it, unless the drafter says otherwise: a factor on embedded rows, a bound on the logits.
+    scale = more.get("input_embedding_scale", getattr(target.model.embed_tokens, "scalar_embed_scale", 1.0))
+    cap = more.get("final_logit_softcapping", getattr(target.config, "final_logit_softcapping", None))
     config = {
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "attention_bias": False, "block_size": 6,
-        "dflash_config": {"mask_token_id": ids.get("<|MASK|>", ids.get("<mask>")), "target_layer_ids": taps},
+        "dflash_config": {"mask_token_id": ids.get("<|MASK|>", ids.get("<mask>")), "target_layer_ids": taps} | more,
         "eos_token_id": ids.get("<|im_end|>", ids.get("<eos>")), "head_dim": 14, "hidden_act": "silu",
         "hidden_size": target.config.hidden_size, "intermediate_size": 52,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "max_position_embeddings": 512,
@@ -284,22 +292,24 @@ def make_drafter(name, seed, target, ids, tokens, hidden, taps, **extra):
         "vocab_size": target.config.vocab_size, **extra}
     gen = torch.Generator().manual_seed(seed)
     weights = {}
-    for key, shape in dflash_reference.shapes(config).items():
+    for key, shape in reference.shapes(config).items():
         noise = torch.randn(shape, generator=gen)
-        weights[key] = 1 + 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+        own = reference.random(key, shape, noise) if reference is dflash2_reference else None
+        weights[key] = own if own is not None else 1 + 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     save(weights, folder / "model.safetensors")
 
     f64 = lambda t: t.detach().double()
-    drafter = dflash_reference.Drafter(config, {k: f64(v) for k, v in weights.items()},
-                                       scale * f64(target.model.embed_tokens.weight), f64(target.lm_head.weight), cap)
+    drafter = reference.Drafter(config, {k: f64(v) for k, v in weights.items()},
+                                scale * f64(target.model.embed_tokens.weight), f64(target.lm_head.weight), cap,
+                                more.get("output_multiplier", 1.0))
     features = torch.cat([hidden[t] for t in taps], -1)
     ctx = drafter.fuse(f64(features))
     cache = dflash_reference.Cache(drafter)
     out = {"tokens": tokens.to(torch.int32), "features": features, "ctx": ctx}
-    rows, worst = [], 0.0
+    rows, worst, lead = [], 0.0, float("inf")
     for i, (n, anchor, n_row) in enumerate(POINTS):
         anchor = int(tokens[n]) if anchor is None else anchor
         rows.append([n, anchor, n_row])
@@ -309,17 +319,23 @@ def make_drafter(name, seed, target, ids, tokens, hidden, taps, **extra):
         for key, a in dense.items():
             worst = max(worst, (a - step[key]).abs().max().item())
             out[f"point.{i}.{key}"] = a
+        if reference is dflash2_reference:
+            path, log_q, least = drafter.walk(anchor, dense["final_norm"], dense["logits"])
+            out[f"point.{i}.path"], out[f"point.{i}.path_log_q"], lead = path, log_q, min(lead, least)
+    assert lead > 2e-3, f"{name}: a choice of the selector hangs on {lead}: choose another seed"
     assert worst < 1e-5, f"{name}: the dense and the incremental form differ by {worst}"
     for il, (k, v) in enumerate(cache.rows()):
         out[f"ctx_k.{il}"], out[f"ctx_v.{il}"] = k, v
     out["points"] = torch.tensor(rows, dtype=torch.int32)
     save(out, folder / "golden.safetensors")
-    print(f"{name}: {len(POINTS)} points, dense against incremental {worst:.1e}")
+    print(f"{name}: {len(POINTS)} points, dense against incremental {worst:.1e}, smallest lead of a choice {lead:.1e}")
 
 
 # Points of the sequence at which the head drafts: (committed tokens, anchor or None for the sequence's own token).
 HEAD_POINTS = [(1, None), (2, None), (3, 5), (16, None), (17, 77), (40, None), (75, 33)]
 N_HEAD_DRAFT = 4
+# Seeds of the heads.
+HEADS = {"qwen35-mtp": 12, "qwen35moe-mtp": 14}
 
 
 @torch.no_grad()
@@ -331,7 +347,7 @@ def make_head(name, seed, target, tokens, norm):
     head = {}
     for key, shape in mtp_reference.shapes(config).items():
         noise = torch.randn(shape, generator=gen)
-        head[key] = 0.3 * noise if len(shape) == 1 else noise / shape[1] ** 0.5
+        head[key] = 0.3 * noise if len(shape) == 1 else noise / shape[-1] ** 0.5 * (2 if key.endswith("mlp.gate.weight") else 1)
     save(load_file(folder / "model.safetensors") | head, folder / "model.safetensors")
 
     f64 = lambda t: t.detach().double()
@@ -345,6 +361,7 @@ def make_head(name, seed, target, tokens, norm):
         top = logits.topk(2).values
         gap = min(gap, (top[:, 0] - top[:, 1]).min().item())
         out[f"head.{i}.logits"] = logits
+    assert reference.margin > 1e-3, f"{name}: the head's router decides by {reference.margin}; choose another seed"
     assert gap > 0.01, f"{name}: a greedy draft hangs on a difference of {gap}; choose another seed"
     out["head_points"] = torch.tensor(rows, dtype=torch.int32)
     save(out, folder / "golden.safetensors")
@@ -353,19 +370,30 @@ def make_head(name, seed, target, tokens, norm):
 
 def main():
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash-gemma4"]
+    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash2", "dflash-gemma4", "dflash2-gemma4"]
     for name in TARGETS:
-        drafter = {"qwen35": "dflash", "gemma4": "dflash-gemma4"}.get(name)
-        if name in wanted or drafter in wanted:
+        drafters = {"qwen35": ["dflash", "dflash2"], "gemma4": ["dflash-gemma4", "dflash2-gemma4"]}.get(name, [])
+        if any(folder in wanted for folder in [name, *drafters]):
             model, ids, tokens, hidden, norm = make_target(name)
-            if name == "qwen35-mtp":
-                make_head(name, 12, model, tokens, norm)
+            if name in HEADS:
+                make_head(name, HEADS[name], model, tokens, norm)
             if name == "qwen35" and "dflash" in wanted:
                 taps = [1, 3, 6]  # a linear layer, another one, and the last layer before the final norm
                 make_drafter("dflash", 7, model, ids, tokens, hidden, taps)
                 make_drafter("dflash-noncausal", 7, model, ids, tokens, hidden, taps, is_causal=False)
-            if name == "gemma4" and drafter in wanted:
-                make_drafter(drafter, 8, model, ids, tokens, hidden, [0, 2, 4])
+            if name == "qwen35" and "dflash2" in wanted:
+                # As published, but for the sizes: more taps than sides, more groups than channels in one.
+                make_drafter("dflash2", 31, model, ids, tokens, hidden, [1, 3, 6], dflash2_reference, **DFLASH2,
+                             is_causal=False, dflash_config={"conv_kernel_size": 3, "conv_group_size": 5,
+                                                             "selector_rank": 6, "selector_top_k": 7})
+            if name == "gemma4" and "dflash-gemma4" in wanted:
+                make_drafter("dflash-gemma4", 8, model, ids, tokens, hidden, [0, 2, 4])
+            if name == "gemma4" and "dflash2-gemma4" in wanted:
+                # Its own factors and bound, none of them the target's; and it leaves out that it sees both ways.
+                make_drafter("dflash2-gemma4", 35, model, ids, tokens, hidden, [0, 2, 4], dflash2_reference, **DFLASH2,
+                             dflash_config={"conv_kernel_size": 2, "conv_group_size": 11, "selector_rank": 5,
+                                            "selector_top_k": 9, "input_embedding_scale": 5.0, "output_multiplier": 0.7,
+                                            "final_logit_softcapping": 2.5})
 
 
 if __name__ == "__main__":

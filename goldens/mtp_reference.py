@@ -12,7 +12,7 @@ import torch
 
 def shapes(c) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of the head."""
-    h, d, f = c["hidden_size"], c["head_dim"], c["intermediate_size"]
+    h, d = c["hidden_size"], c["head_dim"]
     nh, nkv = c["num_attention_heads"], c["num_key_value_heads"]
     p = "mtp.layers.0."
     return {"mtp.fc.weight": (h, 2 * h), "mtp.pre_fc_norm_embedding.weight": (h,), "mtp.pre_fc_norm_hidden.weight": (h,),
@@ -20,14 +20,25 @@ def shapes(c) -> dict[str, tuple[int, ...]]:
             # Each head has its query rows and then its gate rows.
             p + "self_attn.q_proj.weight": (2 * nh * d, h), p + "self_attn.k_proj.weight": (nkv * d, h),
             p + "self_attn.v_proj.weight": (nkv * d, h), p + "self_attn.o_proj.weight": (h, nh * d),
-            p + "self_attn.q_norm.weight": (d,), p + "self_attn.k_norm.weight": (d,),
-            p + "mlp.gate_proj.weight": (f, h), p + "mlp.up_proj.weight": (f, h), p + "mlp.down_proj.weight": (h, f)}
+            p + "self_attn.q_norm.weight": (d,), p + "self_attn.k_norm.weight": (d,)} | mlp_shapes(c, p + "mlp.")
+
+
+def mlp_shapes(c, p) -> dict[str, tuple[int, ...]]:
+    h = c["hidden_size"]
+    one = lambda q, f: {q + "gate_proj.weight": (f, h), q + "up_proj.weight": (f, h), q + "down_proj.weight": (h, f)}
+    if "num_experts" not in c:
+        return one(p, c["intermediate_size"])
+    n, f = c["num_experts"], c["moe_intermediate_size"]
+    return {p + "gate.weight": (n, h), p + "experts.gate_up_proj": (n, 2 * f, h), p + "experts.down_proj": (n, h, f),
+            p + "shared_expert_gate.weight": (1, h)} | one(p + "shared_expert.", c["shared_expert_intermediate_size"])
 
 
 class Head:
     def __init__(self, config, weights, embedding, lm_head):
         self.c, self.w, self.embedding, self.lm_head = config, weights, embedding, lm_head
         self.eps = config["rms_norm_eps"]
+        # The least by which an expert was chosen before another.
+        self.margin = float("inf")
 
     def norm(self, x, name):
         """Weights are stored as their distance from 1."""
@@ -41,6 +52,27 @@ class Head:
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         a, b, rest = x[..., :rot // 2], x[..., rot // 2:rot], x[..., rot:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def mlp(self, m, p):
+        """SwiGLU; or the sum of the experts that a router likes best, each by its share of their softmax, and of an expert
+        for every row behind a gate."""
+        def one(x, gate, up, down):
+            return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        parts = lambda q: [self.w[f"{q}{part}_proj.weight"] for part in ["gate", "up", "down"]]
+        if "num_experts" not in self.c:
+            return one(m, *parts(p))
+        n, f = self.c["num_experts_per_tok"], self.c["moe_intermediate_size"]
+        rows = []
+        for x in m:
+            top = (self.w[p + "gate.weight"] @ x).softmax(0).topk(n + 1)
+            self.margin = min(self.margin, (top.values[n - 1].log() - top.values[n].log()).item())
+            share = top.values[:n] / top.values[:n].sum()
+            experts = zip(self.w[p + "experts.gate_up_proj"][top.indices[:n]],
+                          self.w[p + "experts.down_proj"][top.indices[:n]], share)
+            rows.append(sum(s * one(x, gate_up[:f], gate_up[f:], down) for gate_up, down, s in experts))
+        shared = (m @ self.w[p + "shared_expert_gate.weight"].T).sigmoid() * one(m, *parts(p + "shared_expert."))
+        return torch.stack(rows) + shared
 
     def forward(self, tokens, hidden, pos):
         """Rows of (token, state before it) at ascending positions -> normed states, logits. Row r sees rows 0..=r."""
@@ -60,7 +92,7 @@ class Head:
         o = torch.einsum("hrk,khd->rhd", score.softmax(-1), v.repeat_interleave(group, 1)) * gate.sigmoid()
         x = x + o.flatten(1) @ w("self_attn.o_proj").T
         m = self.norm(x, p + "post_attention_layernorm.weight")
-        x = x + (torch.nn.functional.silu(m @ w("mlp.gate_proj").T) * (m @ w("mlp.up_proj").T)) @ w("mlp.down_proj").T
+        x = x + self.mlp(m, p + "mlp.")
         hn = self.norm(x, "mtp.norm.weight")
         return hn, hn @ self.lm_head.T
 

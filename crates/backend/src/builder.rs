@@ -38,6 +38,19 @@ pub struct Experts {
     pub n_expert: usize,
 }
 
+/// The kernels of local convolutions, that a backend holds: `[channels, n_tap, n_side]` in file order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalKernels {
+    /// Where the backend keeps them.
+    pub id: WeightId,
+    /// Values in a row that is convolved.
+    pub channels: usize,
+    /// Rows that one value is made of.
+    pub n_tap: usize,
+    /// Convolutions whose kernels lie here.
+    pub n_side: usize,
+}
+
 /// What a router chose: `n_used` slots a row, each with an expert and its weight.
 #[derive(Clone, Copy, Debug)]
 pub struct Routes {
@@ -167,6 +180,14 @@ impl<'a> PlanBuilder<'a> {
             self.ops.extend(kept.iter().map(|&(src, column)| Op::Place { src, dst, column }));
         }
         (self.finish(output), inputs)
+    }
+
+    /// [`finish`](Self::finish) with a second result in the place of taps, of which there are none:
+    /// [`StepOut::taps`](crate::StepOut) will hold it.
+    pub fn finish_with(mut self, output: Buf, beside: Buf) -> Plan {
+        assert!(self.taps.is_none() && self.wanted.is_empty(), "a second result beside taps");
+        self.taps = Some(beside);
+        self.finish(Some(output))
     }
 
     fn buf(&mut self, width: usize, rows: Rows) -> Buf {
@@ -316,6 +337,25 @@ impl<'a> PlanBuilder<'a> {
         assert_eq!(width, weight.n_out, "short_conv: {width} values for {} channels", weight.n_out);
         let dst = self.like(src);
         self.ops.push(Op::ShortConv { state, weight: weight.id, src, dst });
+        dst
+    }
+
+    /// Depthwise causal convolution over the rows of a lane alone, with the kernels of `side`; `delta` has what a row's own
+    /// kernels, those of all sides, differ in for each group of channels.
+    pub fn local_conv(&mut self, src: Buf, delta: Buf, kernels: &LocalKernels, side: usize) -> Buf {
+        self.all_rows("local_conv", src);
+        self.all_rows("local_conv", delta);
+        let &LocalKernels { id, channels, n_tap, n_side } = kernels;
+        let (width, n_delta) = (self.width(src), self.width(delta));
+        assert_eq!(width, channels, "local_conv: {width} values for {channels} channels");
+        assert!(side < n_side, "local_conv: side {side} of {n_side}");
+        let n_group = n_delta / (n_side * n_tap);
+        assert!(
+            n_group > 0 && n_delta == n_side * n_tap * n_group && channels.is_multiple_of(n_group),
+            "local_conv: {n_delta} differences for {channels} channels, {n_tap} taps and {n_side} sides"
+        );
+        let dst = self.like(src);
+        self.ops.push(Op::LocalConv { base: id, delta, side, n_tap, src, dst });
         dst
     }
 
@@ -581,6 +621,17 @@ mod tests {
             |p, [six, ..]| _ = p.short_conv(StateId(0), six, &matrix(4, 5)),
             "short_conv: 6 values for 5 channels",
         );
+        let kernels = |channels| LocalKernels { id: WeightId(0), channels, n_tap: 2, n_side: 1 };
+        check(
+            |p, [six, four, _]| _ = p.local_conv(six, four, &kernels(5), 0),
+            "local_conv: 6 values for 5 channels",
+        );
+        check(|p, [six, four, _]| _ = p.local_conv(six, four, &kernels(6), 1), "local_conv: side 1 of 1");
+        check(
+            |p, [six, four, _]| _ = p.local_conv(four, six, &kernels(4), 0),
+            "local_conv: 6 differences for 4 channels, 2 taps and 1 sides",
+        );
+        check(|p, [_, four, out]| _ = p.local_conv(out, four, &kernels(4), 0), "local_conv: Output rows");
         check(
             |p, [six, ..]| _ = p.delta_gates(six, six, &vector(6), &vector(5)),
             "delta_gates: 6 heads, dt_bias of 6, a of 5",

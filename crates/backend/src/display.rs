@@ -127,6 +127,9 @@ impl Plan {
             Op::ShortConv { state, weight, src, dst } => {
                 to(*dst, format!("short_conv {state}, {weight} {src}"))
             }
+            Op::LocalConv { base, delta, side, n_tap, src, dst } => {
+                to(*dst, format!("local_conv {base} of {n_tap}, side {side}, {src}, delta {delta}"))
+            }
             Op::DeltaGates { alpha, b, dt_bias, a, decay, beta } => format!(
                 "{}, {} = delta_gates {alpha}, {b}, dt_bias {dt_bias}, a {a}",
                 self.shape(*decay),

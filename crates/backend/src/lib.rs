@@ -24,7 +24,7 @@ mod schedule;
 mod step;
 mod work;
 
-pub use builder::{ExpertInput, Experts, Matrix, PlanBuilder, ProductInput, Routes, Tap, Vector};
+pub use builder::{ExpertInput, Experts, LocalKernels, Matrix, PlanBuilder, ProductInput, Routes, Tap, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
 pub use step::{Lane, PageId, RowSummary, SavedId, SlotId, Step, StepOut};

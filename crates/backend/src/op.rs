@@ -220,6 +220,23 @@ pub enum Op {
         /// Result.
         dst: Buf,
     },
+    /// Depthwise causal convolution over the rows of a lane alone: nothing is remembered, and before its first row there are
+    /// zeros. Each row brings what its kernel differs in from the common one ("dynamic convolution"):
+    /// `dst[i][c] = Σ_t (base[t][c] + delta[i][t][c / group]) · src[i - t][c]`, from `t` = 0 on.
+    LocalConv {
+        /// Common kernels, `[channels, n_tap, n_side]` in file order.
+        base: WeightId,
+        /// Differences, `[n_side, n_tap, channels / group]` a row.
+        delta: Buf,
+        /// Which of the kernels is meant.
+        side: usize,
+        /// Rows that one value is made of, its own the first.
+        n_tap: usize,
+        /// Input, `channels` wide.
+        src: Buf,
+        /// Result.
+        dst: Buf,
+    },
     /// `decay = softplus(alpha + dt_bias) * a` (the logarithm of the decay), `beta = sigmoid(b)`.
     DeltaGates {
         /// `[n_head_v]` a row.
@@ -372,6 +389,7 @@ impl Op {
             Op::ExpertMatMul { ids, src, .. } => vec![ids, src],
             Op::WeightedSum { src, weights, .. } => vec![src, weights],
             Op::KvAppend { k, v, .. } => vec![k, v],
+            Op::LocalConv { delta, src, .. } => vec![delta, src],
             Op::Attention(ref op) => vec![op.q],
             Op::DeltaGates { alpha, b, .. } => vec![alpha, b],
             Op::DeltaRule { qkv, decay, beta, .. } => vec![qkv, decay, beta],
@@ -401,6 +419,7 @@ impl Op {
             | Op::GatedRmsNorm { dst, .. }
             | Op::Rope { dst, .. }
             | Op::ShortConv { dst, .. }
+            | Op::LocalConv { dst, .. }
             | Op::DeltaRule { dst, .. }
             | Op::SiluMul { dst, .. }
             | Op::GeluMul { dst, .. }

@@ -97,7 +97,7 @@ pub struct StepOut {
     pub output_width: usize,
     /// Of each output row: what choosing its greatest value needs.
     pub summaries: Vec<RowSummary>,
-    /// `[n, taps_width]`: the tapped hidden states of every row, tap layers side by side.
+    /// `[n, taps_width]`: the tapped hidden states of every row, tap layers side by side; or a plan's second result.
     pub taps: Vec<f32>,
     /// Width of a taps row, 0 without taps.
     pub taps_width: usize,

@@ -583,6 +583,7 @@ mod tests {
         };
         check("dflash", Ok(&["dflash"]));
         check("draft-dflash", Ok(&["dflash"]));
+        check("dflash2", Ok(&["dflash"]));
         check("none", Ok(&[]));
         check("none,dflash", Ok(&["dflash"]));
         check("dflash, draft-mtp,ngram,mtp", Ok(&["dflash", "draft-mtp", "ngram-simple"]));

@@ -449,6 +449,66 @@ fn dflash() {
 }
 
 #[test]
+fn dflash2() {
+    let model = converted("dflash2", "f32", Some("qwen35"));
+    model.strs(&[("general.architecture", "dflash"), ("tokenizer.ggml.pre", "qwen35")]);
+    model.ints(&[
+        ("dflash.block_size", 6),
+        ("dflash.conv_kernel_size", 3),
+        ("dflash.conv_group_size", 5),
+        ("dflash.selector_rank", 6),
+        ("dflash.selector_top_k", 7),
+        ("dflash.attention.sliding_window", 8),
+    ]);
+    assert_eq!(model.file.metadata().bool("dflash.attention.causal").unwrap(), Some(false));
+    for il in 0..3 {
+        for (ours, theirs) in [("attn", "attention"), ("ffn", "mlp")] {
+            let (name, conv) = (format!("blk.{il}.{ours}_conv"), format!("layers.{il}.{theirs}_conv"));
+            model.same(&format!("{name}_base"), &format!("{conv}.base_kernel"), &[40, 3, 2]);
+            let proj = format!("{conv}.kernel_projection.weight");
+            model.same(&format!("{name}_proj.weight"), &proj, &[40, 48]);
+        }
+    }
+    let selector = |part: &str| format!("candidate_selector.{part}");
+    model.same("selector_predecessor.weight", &selector("predecessor_codebook"), &[6, 131]);
+    model.same("selector_successor.weight", &selector("successor_codebook"), &[6, 131]);
+    model.same("selector_hidden.weight", &selector("hidden_projection.weight"), &[40, 6]);
+    assert_eq!(model.file.tensors().len(), 3 + 15 * 3 + 3);
+    // Kernels keep every bit in any type.
+    let small = converted("dflash2", "q8_0", None);
+    let base = small.file.tensor("blk.1.ffn_conv_base").unwrap();
+    assert_eq!((base.ty, small.values(&base.name)), (GgmlType::F32, model.values(&base.name)));
+
+    let model = converted("dflash2-gemma4", "f32", Some("gemma4"));
+    model.floats(&[
+        ("dflash.embedding_scale", 5.0),
+        ("dflash.logit_scale", 0.7),
+        ("dflash.final_logit_softcapping", 2.5),
+    ]);
+    // Its config says nothing of this, and so version 2 means it.
+    assert_eq!(model.file.metadata().bool("dflash.attention.causal").unwrap(), Some(false));
+}
+
+#[test]
+fn qwen35moe_with_a_prediction_head() {
+    let model = converted("qwen35moe-mtp", "f32", None);
+    model.ints(&[("qwen35moe.block_count", 5), ("qwen35moe.nextn_predict_layers", 1)]);
+    model.same("blk.4.nextn.eh_proj.weight", "mtp.fc.weight", &[88, 44]);
+    model.same("blk.4.ffn_gate_inp.weight", "mtp.layers.0.mlp.gate.weight", &[44, 9]);
+    model.same("blk.4.ffn_down_exps.weight", "mtp.layers.0.mlp.experts.down_proj", &[20, 44, 9]);
+    for (part, first) in [("gate", 0), ("up", 20 * 44)] {
+        model.check(
+            &format!("blk.4.ffn_{part}_exps.weight"),
+            "mtp.layers.0.mlp.experts.gate_up_proj",
+            &[44, 20, 9],
+            |w| w.chunks_exact(2 * 20 * 44).flat_map(|both| both[first..first + 20 * 44].to_vec()).collect(),
+        );
+    }
+    model.same("blk.4.ffn_up_shexp.weight", "mtp.layers.0.mlp.shared_expert.up_proj.weight", &[44, 36]);
+    model.same("blk.4.ffn_gate_inp_shexp.weight", "mtp.layers.0.mlp.shared_expert_gate.weight", &[44, 1]);
+}
+
+#[test]
 fn a_drafter_says_what_it_differs_in() {
     let model = converted("dflash-noncausal", "f32", None);
     let metadata = model.file.metadata();

@@ -168,7 +168,34 @@ fn tokenizers_that_gguf_cannot_express() {
 fn drafters_of_other_kinds() {
     let drafter = |edit: fn(&mut Value)| edited("dflash").config(edit);
     let architecture = |name| edited("dflash").set("architectures", json!([name]));
-    check(architecture("DFlash2DraftModel"), &["`DFlash2DraftModel` can't be converted"]);
+    check(architecture("DSparkDraftModel"), &["`DSparkDraftModel` can't be converted"]);
+    let size = |key: &str| format!("`dflash_config.{key}`: expected a positive integer, found nothing");
+    check(architecture("DFlash2DraftModel"), &[&size("conv_kernel_size")]);
+    // Any of its sizes announces version 2, whatever the architecture is called.
+    for key in ["conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"] {
+        let without = edited("dflash2")
+            .set("architectures", json!(["DFlashDraftModel"]))
+            .config(|json| json["dflash_config"][key] = Value::Null);
+        check(without, &[&size(key)]);
+    }
+    let version2 = |edit: fn(&mut Value)| edited("dflash2").config(edit);
+    check(
+        version2(|json| json["dflash_config"]["conv_group_size"] = 7.into()),
+        &["`dflash_config.conv_group_size`: expected a divisor of 40 (hidden_size), found 7"],
+    );
+    check(
+        version2(|json| json["dflash_config"]["conv_kernel_size"] = 1.into()),
+        &["`dflash_config.conv_kernel_size`: expected 2 rows or more, found 1"],
+    );
+    check(
+        version2(|json| json["dflash_config"]["selector_rank"] = 5.into()),
+        &["tensor `candidate_selector.predecessor_codebook", "expected shape [131, 5], found shape [131, 6]"],
+    );
+    let lost = "layers.1.mlp_conv.kernel_projection.weight";
+    check(
+        edited("dflash2").tensors(|tensors| tensors.retain(|(name, ..)| name != lost)),
+        &[lost, "expected shape [48, 40], found no such tensor"],
+    );
     check(
         drafter(|json| json["dflash_config"]["target_layer_ids"] = Value::Null),
         &["`dflash_config.target_layer_ids`: expected increasing layers"],

@@ -1,154 +1,12 @@
 //! Every drafter on real (tiny) models, alone and in company, at any number of slots: each request gets, bit for bit, the
 //! tokens and log probabilities that it gets without any, whoever is cancelled beside it.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+mod pairs;
 
-use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
-use paceline_convert::{ConvertOptions, convert};
-use paceline_engine::{
-    CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut,
-};
-use paceline_gguf::Gguf;
-use paceline_memory::Memory;
-use paceline_models::Model;
-use paceline_sampling::SamplingParams;
-use paceline_spec::{Drafter, LoadDrafter, TapUnion, kind};
-use paceline_testkit::{Rng, Seeded, goldens_dir, letters_vocab};
+use paceline_engine::{CacheConfig, Request, RequestId, Stats, TokenOut};
+use paceline_testkit::{Rng, Seeded};
 
-fn converted(name: &str) -> Arc<Gguf> {
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("out.gguf");
-    let target_dir = name.starts_with("dflash").then(|| goldens_dir().join("qwen35"));
-    convert(&ConvertOptions { target_dir, ..ConvertOptions::new(goldens_dir().join(name), &out) }, |_| {})
-        .unwrap();
-    Arc::new(Gguf::from_bytes(name, std::fs::read(&out).unwrap()).unwrap())
-}
-
-/// A target and files of drafters.
-struct Pair {
-    backend: Arc<dyn Backend>,
-    model: Box<dyn Model>,
-    target: Arc<Gguf>,
-    files: HashMap<&'static str, Arc<Gguf>>,
-}
-
-impl Pair {
-    fn new(target: &str, files: &[(&'static str, &str)]) -> Pair {
-        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1).unwrap());
-        let target = converted(target);
-        let model = paceline_models::load(&target, &backend).unwrap();
-        let files = files.iter().map(|(kind, name)| (*kind, converted(name))).collect();
-        Pair { backend, model, target, files }
-    }
-
-    fn drafter(&self, name: &str) -> Box<dyn Drafter> {
-        let kind = kind(name).unwrap();
-        (kind.load)(&LoadDrafter {
-            file: self.files.get(kind.name).unwrap_or(&self.target).clone(),
-            backend: &self.backend,
-            target: &*self.model,
-            states: StateConfig::default(),
-            n_cell_max: 1 << 14,
-            n_draft_max: Some(5),
-        })
-        .unwrap()
-    }
-
-    fn engine(&self, drafters: &[&str], n_slot: usize, plans: bool) -> Engine {
-        self.caching(drafters, n_slot, plans, CacheConfig::default())
-    }
-
-    fn caching(&self, drafters: &[&str], n_slot: usize, plans: bool, cache: CacheConfig) -> Engine {
-        let drafters: Vec<Box<dyn Drafter>> = drafters.iter().map(|name| self.drafter(name)).collect();
-        let taps = TapUnion::of(&drafters);
-        let mut p = PlanBuilder::new(taps.taps());
-        let logits = self.model.record(&mut p);
-        let states = self.backend.alloc_states(self.model.states(), StateConfig::default()).unwrap();
-        let exec = self.backend.compile(Arc::new(p.finish(Some(logits))), &states).unwrap();
-        let n_vocab = self.model.hparams().n_vocab;
-        let target = Target { exec, memory: Memory::new(states, 1 << 14), n_vocab };
-        let config = EngineConfig {
-            n_slot,
-            n_ctx: 256,
-            n_ubatch: 24,
-            n_draft_max: 5,
-            cache,
-            check_memory: true,
-            ..EngineConfig::default()
-        };
-        let engine = Engine::new(target, drafters, letters_vocab(n_vocab), config);
-        if !plans {
-            return engine;
-        }
-        // Any clock will do: what it says changes how much is drafted and nothing else.
-        let start = std::time::Instant::now();
-        engine
-            .with_clock(Box::new(move || Duration::from_micros(start.elapsed().as_micros() as u64)))
-            .with_planner()
-    }
-
-    fn requests(&self, n: u64, seed: u64) -> Vec<Request> {
-        let mut rng = Rng::new(seed);
-        let n_vocab = self.model.hparams().n_vocab;
-        let request = |id| {
-            // Some text that repeats itself, for those that copy.
-            let phrase: Vec<u32> = (0..rng.range(1..12)).map(|_| rng.range(0..n_vocab) as u32).collect();
-            let n_prompt = rng.range(1..60);
-            let prompt = phrase.iter().copied().cycle().take(n_prompt).collect();
-            let temperature = *rng.pick(&[0.0, 0.7]);
-            let sampling = SamplingParams {
-                temperature,
-                seed: rng.bits(),
-                n_probs: 2,
-                repeat_penalty: *rng.pick(&[1.0, 1.1]),
-                ..SamplingParams::default()
-            };
-            let n_predict = Some(rng.range(1..40));
-            Request { sampling, n_predict, ignore_eos: true, ..Request::new(RequestId(id), prompt) }
-        };
-        (0..n).map(request).collect()
-    }
-}
-
-/// Serves all, cancelling some; tokens and figures of each.
-fn serve(
-    engine: &mut Engine,
-    requests: &[Request],
-    cancels: &[(usize, RequestId)],
-) -> HashMap<RequestId, (Vec<TokenOut>, Stats)> {
-    let mut answers: HashMap<RequestId, (Vec<TokenOut>, Stats)> = HashMap::new();
-    let (mut events, mut n_step) = (Vec::new(), 0);
-    requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
-    while engine.has_work() {
-        for (_, id) in cancels.iter().filter(|(step, _)| *step == n_step) {
-            engine.cancel(*id);
-        }
-        engine.step(&mut events);
-        n_step += 1;
-        for event in events.drain(..) {
-            match event {
-                Event::Tokens { request, tokens, .. } => {
-                    answers.entry(request).or_default().0.extend(tokens);
-                }
-                Event::Done { request, stats, .. } => answers.entry(request).or_default().1 = stats,
-                Event::Failed { error, .. } => panic!("{error}"),
-                _ => {}
-            }
-        }
-    }
-    assert_eq!(engine.usage().n_page, 0);
-    answers
-}
-
-/// Nothing is left of anybody.
-fn check_end(mut engine: Engine) {
-    engine.clear_cache();
-    let usage = engine.usage();
-    assert_eq!((usage.n_page, usage.n_page_resting, usage.bytes + usage.bytes_resting), (0, 0, 0));
-    for drafter in engine.drafters() {
-        assert_eq!(drafter.state_bytes(), 0, "{} forgot everybody", drafter.name());
-    }
-}
+use pairs::{Pair, bits, check_end, serve};
 
 /// `(drafted, accepted)` of all answers that were not cancelled.
 fn check(pair: &Pair, drafters: &[&str], plans: bool) -> (usize, usize) {
@@ -166,9 +24,6 @@ fn check(pair: &Pair, drafters: &[&str], plans: bool) -> (usize, usize) {
         check_end(engine);
         for (id, (tokens, stats)) in &drafted {
             let want = &plain[id].0;
-            let bits = |tokens: &[TokenOut]| -> Vec<_> {
-                tokens.iter().map(|t| (t.id, t.logprobs.clone())).collect()
-            };
             let n = if cancels.iter().any(|(_, gone)| gone == id) { tokens.len() } else { want.len() };
             assert_eq!(bits(tokens), bits(&want[..n]), "{drafters:?}, {n_slot} slots, {id:?}");
             n_draft += stats.n_draft;
@@ -236,7 +91,8 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
     let files = [("draft", "qwen35-mtp"), ("dflash", "dflash")];
     let (hybrid, dense) = (Pair::new("qwen35-mtp", &files[..1]), Pair::new("llama", &[("draft", "llama")]));
     let dflash = Pair::new("qwen35", &files[1..]);
-    let lists: [(&Pair, &[&str]); 9] = [
+    let dflash2 = Pair::new("qwen35", &[("dflash2", "dflash2")]);
+    let lists: [(&Pair, &[&str]); 10] = [
         (&hybrid, &["draft-mtp"]),
         (&hybrid, &["ngram-simple"]),
         (&hybrid, &["draft"]),
@@ -246,6 +102,7 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
         (&dense, &["draft", "ngram-simple"]),
         (&dflash, &["dflash"]),
         (&dflash, &["dflash", "ngram-simple"]),
+        (&dflash2, &["dflash2"]),
     ];
     for (pair, drafters) in lists {
         let new = |cache| pair.caching(drafters, 2, false, cache);
@@ -254,9 +111,6 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
         };
         let check = |got: (Vec<TokenOut>, Stats), request: &Request| {
             let (tokens, stats) = cold(request);
-            let bits = |tokens: &[TokenOut]| -> Vec<_> {
-                tokens.iter().map(|t| (t.id, t.logprobs.clone())).collect()
-            };
             assert_eq!(bits(&got.0), bits(&tokens), "{drafters:?}, {:?}", request.id);
             if drafters.len() > 1 {
                 // Who is asked depends on how drafters did before, in other requests too.

@@ -41,6 +41,37 @@ pub fn short_conv_silu(taps: &[&[f32]], weights: &[f32], out: &mut [f32]) {
     }
 }
 
+/// A convolution in the block of a drafter ("DFlash2"): one row's output `[channels]` from its own input and those of the
+/// rows before it, newest first, of which there are at most `n_tap`; those that are missing are zeros.
+///
+/// ```text
+/// out[ch] = Σ_t (base[t][ch] + delta[t][ch / group]) · u_(i - t)[ch]         from t = 0 on
+/// ```
+///
+/// `base` is `[n_tap, channels]`; `delta`, the row's own, is `[n_tap, n_group]`, each group as many channels side by side.
+pub fn local_conv<'a>(
+    past: impl Iterator<Item = &'a [f32]>,
+    base: &[f32],
+    delta: &[f32],
+    n_tap: usize,
+    out: &mut [f32],
+) {
+    let n_group = delta.len() / n_tap;
+    assert_eq!(base.len(), n_tap * out.len(), "base kernels [{n_tap}, {}]", out.len());
+    assert!(n_group > 0 && out.len().is_multiple_of(n_group), "{} channels in {n_group} groups", out.len());
+    let group = out.len() / n_group;
+    out.fill(0.0);
+    let taps = base.chunks_exact(out.len()).zip(delta.chunks_exact(n_group));
+    for ((base, delta), u) in taps.zip(past) {
+        let groups = base.chunks_exact(group).zip(u.chunks_exact(group)).zip(delta);
+        for (out, ((base, u), delta)) in out.chunks_exact_mut(group).zip(groups) {
+            for ((out, base), u) in out.iter_mut().zip(base).zip(u) {
+                *out += (base + delta) * u;
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,6 +92,24 @@ mod tests {
         let taps: [&[f32]; 4] = [&[1.0, 0.5], &[2.0, 0.5], &[4.0, 0.5], &[8.0, 0.5]];
         let weights = [1.0, -1.0, 0.5, 0.25, 2.0, 2.0, 2.0, 2.0];
         check(&taps, &weights, &[silu(3.0), silu(4.0)]);
+    }
+
+    #[test]
+    fn local_kernels_are_common_ones_and_a_groups_own() {
+        let rows: [&[f32]; 3] = [&[1.0, 2.0, 3.0, 4.0], &[10.0, 20.0, 30.0, 40.0], &[f32::NAN; 4]];
+        let base = [1.0, 2.0, 3.0, 4.0, 0.5, 0.25, -1.0, 0.0];
+        let delta = [0.0, -1.0, 1.0, 2.0];
+        let check = |n: usize, expected: [f32; 4]| {
+            let mut out = [f32::NAN; 4];
+            local_conv(rows.into_iter().take(n), &base, &delta, 2, &mut out);
+            assert_eq!(out, expected);
+        };
+        let own = [1.0, 4.0, 3.0 * (3.0 - 1.0), 4.0 * (4.0 - 1.0)];
+        check(1, own);
+        // What lies further back than there are taps is not looked at.
+        for n in [2, 3] {
+            check(n, [own[0] + 1.5 * 10.0, own[1] + 1.25 * 20.0, own[2] + 30.0, own[3] + 2.0 * 40.0]);
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::{fmt::Display, sync::Arc};
 
-use paceline_backend::{Backend, Experts, Matrix, Vector, WeightId, WeightSource};
+use paceline_backend::{Backend, Experts, LocalKernels, Matrix, Vector, WeightId, WeightSource};
 use paceline_gguf::{Gguf, Metadata, TensorInfo};
 
 use crate::Error;
@@ -48,6 +48,12 @@ impl Weights {
 
     /// The matrix `name` of shape `[n_in, n_out]`, fastest dimension first; `meaning` explains the dimensions.
     pub fn matrix(&self, name: &str, [n_in, n_out]: [usize; 2], meaning: &str) -> Result<Matrix, Error> {
+        let id = self.upload(self.table(name, [n_in, n_out], meaning)?)?;
+        Ok(Matrix { id, n_in, n_out })
+    }
+
+    /// The same matrix, its shape proven, for who reads rows of it in the file.
+    pub fn table(&self, name: &str, [n_in, n_out]: [usize; 2], meaning: &str) -> Result<&TensorInfo, Error> {
         let tensor = self.file.require_tensor(name)?;
         let found = &tensor.shape;
         let dims = [n_in as u64, n_out as u64];
@@ -55,10 +61,10 @@ impl Weights {
         let fits = found.as_slice() == dims
             || (found.len() == 1 && n_out == 1 && found[0] == dims[0])
             || (found.len() > 2 && found[..2] == dims && found[2..].iter().all(|&n| n == 1));
-        if !fits {
-            return Err(self.shape(tensor, format!("[{n_in}, {n_out}]"), meaning));
+        match fits {
+            true => Ok(tensor),
+            false => Err(self.shape(tensor, format!("[{n_in}, {n_out}]"), meaning)),
         }
-        Ok(Matrix { id: self.upload(tensor)?, n_in, n_out })
     }
 
     /// The matrices of all experts, `name` of shape `[n_in, n_out, n_expert]`.
@@ -73,6 +79,17 @@ impl Weights {
             return Err(self.shape(tensor, format!("[{n_in}, {n_out}, {n_expert}]"), meaning));
         }
         Ok(Experts { id: self.upload(tensor)?, n_in, n_out, n_expert })
+    }
+
+    /// The kernels of local convolutions, `name` of shape `[channels, n_tap, n_side]`.
+    pub fn local_kernels(
+        &self,
+        name: &str,
+        [channels, n_tap, n_side]: [usize; 3],
+        meaning: &str,
+    ) -> Result<LocalKernels, Error> {
+        let id = self.experts(name, [channels, n_tap, n_side], meaning)?.id;
+        Ok(LocalKernels { id, channels, n_tap, n_side })
     }
 
     /// The vector `name` of `len` values.

@@ -50,10 +50,25 @@ impl Candidates {
         self.dense = true;
     }
 
-    /// Adds to one token's logit while dense; -inf bans it.
+    /// Starts over from some tokens, each of them once, whose logits the caller has checked.
+    pub fn load_some(&mut self, tokens: &[u32], logits: &[f32]) {
+        self.list.clear();
+        let some = tokens.iter().zip(logits).filter(|(_, logit)| **logit > f32::NEG_INFINITY);
+        self.list.extend(some.map(|(&token, &logit)| listed(token as usize, logit)));
+        self.dense = false;
+    }
+
+    /// Adds to one token's logit, if it is there; -inf bans it.
     pub fn bias(&mut self, token: u32, bias: f32) {
-        debug_assert!(self.dense);
-        let logit = &mut self.row[token as usize];
+        let logit = match self.dense {
+            true => &mut self.row[token as usize],
+            // Nobody banned is listed.
+            false if bias == f32::NEG_INFINITY => return self.list.retain(|c| c.token != token),
+            false => match self.list.iter_mut().find(|c| c.token == token) {
+                Some(c) => &mut c.logit,
+                None => return,
+            },
+        };
         *logit = if bias == f32::NEG_INFINITY { bias } else { edited(*logit, |l| l + f64::from(bias)) };
     }
 

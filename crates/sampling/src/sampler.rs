@@ -195,18 +195,40 @@ impl Sampler {
         known: Option<Known>,
     ) -> Result<Proposal, SampleError> {
         let drawn = self.draw(position, logits, known)?;
+        Ok(self.proposal(&drawn, logits[drawn.token as usize], logits, known))
+    }
+
+    /// [`Self::propose`] where the drafter has logits of `tokens` alone, each of them there once: all others are banned.
+    pub fn propose_among(
+        &mut self,
+        position: u64,
+        tokens: &[u32],
+        logits: &[f32],
+    ) -> Result<Proposal, SampleError> {
+        assert!(tokens.len() == logits.len() && tokens.iter().all(|&token| (token as usize) < self.n_vocab));
+        if let Some(i) = logits.iter().position(|&logit| is_bad(logit)) {
+            return Err(SampleError::NonFinite { position, token: tokens[i], value: logits[i] });
+        }
+        self.candidates.load_some(tokens, logits);
+        let drawn = self.draw_loaded(position)?;
+        let at = tokens.iter().position(|&token| token == drawn.token).expect("one of those");
+        Ok(self.proposal(&drawn, logits[at], logits, None))
+    }
+
+    /// What was drawn, and how likely it was; `logit` is what the drafter had for it, among `logits`.
+    fn proposal(&mut self, drawn: &Candidate, logit: f32, logits: &[f32], known: Option<Known>) -> Proposal {
         let q = if self.params.is_greedy() {
             // The chain would leave 1; the softmax says how sure the drafter is, which is what planning needs.
             let log_sum = known.map_or_else(
                 || log_sum_exp(logits, argmax(logits).map_or(0.0, |(_, logit)| logit)),
                 |known| known.log_sum,
             );
-            (f64::from(logits[drawn.token as usize]) - log_sum).exp() as f32
+            (f64::from(logit) - log_sum).exp() as f32
         } else {
             let list = self.candidates.softmax();
             list.iter().find(|c| c.token == drawn.token).expect("the drawn one is listed").p
         };
-        Ok(Proposal { token: drawn.token, q })
+        Proposal { token: drawn.token, q }
     }
 
     /// The row is this vocabulary's and holds numbers or bans.
@@ -215,7 +237,6 @@ impl Sampler {
             return Err(SampleError::WrongWidth { position, expected: self.n_vocab, found: logits.len() });
         }
         // No early exit: without one the loop is vectorised, and a bad row is rare.
-        let is_bad = |logit: f32| logit.is_nan() | (logit == f32::INFINITY);
         if logits.iter().fold(false, |bad, &logit| bad | is_bad(logit)) {
             let token = logits.iter().position(|&logit| is_bad(logit)).expect("one was seen");
             return Err(SampleError::NonFinite { position, token: token as u32, value: logits[token] });
@@ -234,8 +255,6 @@ impl Sampler {
         logits: &[f32],
         known: Option<Known>,
     ) -> Result<Candidate, SampleError> {
-        let nothing_left = SampleError::NothingLeft { position };
-        let only = |(token, logit)| Candidate { token, logit, p: 1.0, key: 0.0 };
         match known {
             Some(known) if self.takes_raw_argmax() && logits.len() == self.n_vocab => {
                 return Ok(only((known.token, logits[known.token as usize])));
@@ -243,10 +262,16 @@ impl Sampler {
             _ => self.check(position, logits)?,
         }
         if self.takes_raw_argmax() {
-            return argmax(logits).map(only).ok_or(nothing_left);
+            return argmax(logits).map(only).ok_or(SampleError::NothingLeft { position });
         }
+        self.candidates.load(logits);
+        self.draw_loaded(position)
+    }
+
+    /// The same from the candidates that are there.
+    fn draw_loaded(&mut self, position: u64) -> Result<Candidate, SampleError> {
+        let nothing_left = SampleError::NothingLeft { position };
         let Self { params, chain, history, breakers, candidates, dry, .. } = self;
-        candidates.load(logits);
         params.logit_bias.iter().for_each(|&(token, bias)| candidates.bias(token, bias));
         let mut moment = Moment { params, position, history, breakers, dry };
         for kind in chain {
@@ -257,6 +282,16 @@ impl Sampler {
         }
         pick(candidates.list(), PositionNoise::new(params.seed, position)).ok_or(nothing_left)
     }
+}
+
+/// No logit at all: NaN or +inf; -inf is an ordinary ban.
+fn is_bad(logit: f32) -> bool {
+    logit.is_nan() | (logit == f32::INFINITY)
+}
+
+/// A token without rivals.
+fn only((token, logit): (u32, f32)) -> Candidate {
+    Candidate { token, logit, p: 1.0, key: 0.0 }
 }
 
 /// What is known of a row of logits, none of which is NaN or infinity, by whoever computed them.

@@ -358,6 +358,28 @@ proptest! {
         }
     }
 
+    /// A drafter that has a few candidates: it draws as it would from a whole row without the others.
+    #[test]
+    fn some_tokens_are_a_row_in_which_the_others_are_banned(
+        params in any_params(),
+        text in prop::collection::vec(0u32..60, 0..80),
+        row in prop::collection::vec(-6.0f32..6.0, 60),
+        kept in any::<u64>(),
+        order in Just((0..60).collect::<Vec<u32>>()).prop_shuffle(),
+    ) {
+        let tokens: Vec<u32> = order.into_iter().filter(|t| kept >> t & 1 == 1).collect();
+        let some: Vec<f32> = tokens.iter().map(|&t| row[t as usize]).collect();
+        let whole: Vec<f32> = (0..60).map(|t| if kept >> t & 1 == 1 { row[t] } else { BAN }).collect();
+        let mut sampler = Sampler::new(params, 60, DryBreakers::default().into()).unwrap();
+        sampler.accept_prompt(&text);
+        match (sampler.propose_among(3, &tokens, &some), sampler.propose(3, &whole)) {
+            (Ok(got), Ok(want)) => {
+                prop_assert!(got.token == want.token && (got.q - want.q).abs() < 1e-6, "{got:?}, {want:?}");
+            }
+            (got, want) => prop_assert_eq!(got, want),
+        }
+    }
+
     /// Equal rows, equal tokens: a perfect drafter is always accepted, at any temperature.
     #[test]
     fn a_drafter_with_the_targets_logits_proposes_the_choice(

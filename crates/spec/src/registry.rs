@@ -53,7 +53,6 @@ pub const DRAFTERS: &[DrafterKind] =
 const REFUSED: &[(&[&str], &str)] = &[
     (&["draft-eagle3", "eagle3"], "EAGLE-3 heads are not built yet"),
     (&["draft-dspark", "dspark"], "DSpark drafters are not built yet"),
-    (&["dflash2", "draft-dflash2"], "DFlash2 drafters are not built yet"),
     (&["domino", "laguna"], "these variants of DFlash are not built yet"),
     (
         &["ngram-map-k", "ngram-map-k4v"],
@@ -65,7 +64,10 @@ const REFUSED: &[(&[&str], &str)] = &[
         "its table is shared by all users, so that one's text would show in another's speed; ngram-simple keeps to \
          the sequence",
     ),
-    (&["ngram-cache", "lookup"], "it needs files of n-gram statistics, which are not read here"),
+    (
+        &["ngram-cache", "lookup"],
+        "it needs files of n-gram statistics, which are not read here; ngram-simple needs none",
+    ),
     (&["suffix", "copyspec", "recycle"], "this form of lookup is not built; ngram-simple is the nearest"),
 ];
 

@@ -20,6 +20,7 @@ mod hash_model;
 mod recorder;
 mod rng;
 mod scripted;
+mod tiny_drafter;
 mod tiny_vocab;
 
 pub use alone::{Answer, End, alone};
@@ -30,6 +31,7 @@ pub use hash_model::{HashKind, HashModel, Reading};
 pub use recorder::{Log, Recorder};
 pub use rng::{Rng, Seeded, mix};
 pub use scripted::{Accept, Forks, Lie, Scripted, liar, oracle};
+pub use tiny_drafter::DrafterSizes;
 pub use tiny_vocab::{
     IM_END, IM_START, PADDING, TEXT_END, letters_vocab, tiny_bias, tiny_metadata, tiny_vocab,
 };

@@ -5,8 +5,8 @@ use paceline_gguf::GgmlType;
 use paceline_kernels::formats::FORMATS;
 
 use crate::{
-    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, Pairing, PlanBuilder, RopeSpec,
-    RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
+    AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, LocalKernels, Pairing, PlanBuilder,
+    RopeSpec, RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
 };
 
 use super::{
@@ -258,22 +258,25 @@ fn cuts(backends: &[&dyn Backend], random: &mut Random, ty: GgmlType, kv: KvType
     }
 }
 
-/// Rows that see their whole lane, as a drafter's block does: alone, and beside others in any order.
+/// Rows that see their whole lane, as a drafter's block does, and are convolved in it: alone, and beside others in any
+/// order.
 fn blocks(backends: &[&dyn Backend], random: &mut Random) {
     const WIDTH: usize = (N_HEAD + 2 * N_HEAD_KV) * HEAD;
     let (n_q, n_kv) = (N_HEAD * HEAD, N_HEAD_KV * HEAD);
-    let record = move |p: &mut PlanBuilder<'_>, _: &Weights| {
+    let record = move |p: &mut PlanBuilder<'_>, w: &Weights| {
         let x = p.input(WIDTH);
         let (k, v) = (p.columns(x, WIDTH, n_q, n_kv), p.columns(x, WIDTH, n_q + n_kv, n_kv));
         p.kv_append(StateId(0), k, v);
         let q = p.columns(x, WIDTH, 0, n_q);
         let (state, n_head, scale) = (StateId(0), N_HEAD, 0.3);
         let (mask, window, sinks) = (BlockMask::Full, Some(9), None);
-        p.attention(|dst| AttentionOp { state, q, dst, n_head, scale, mask, window, sinks })
+        let y = p.attention(|dst| AttentionOp { state, q, dst, n_head, scale, mask, window, sinks });
+        let kernels = LocalKernels { id: w.matrix(0).id, channels: n_q, n_tap: 3, n_side: 2 };
+        p.local_conv(y, q, &kernels, 1)
     };
     let setup = Setup {
         name: "blocks".into(),
-        tensors: vec![Tensor::vector(vec![0.0])],
+        tensors: vec![Tensor::random(&mut Random::new(6), [N_HEAD * HEAD, 6], GgmlType::F32, 1.0)],
         states: vec![StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD }],
         config: StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 16 },
         plans: vec![&record],

@@ -3,7 +3,9 @@
 use paceline_gguf::GgmlType;
 use paceline_kernels::formats::FORMATS;
 
-use crate::{Backend, Buf, Error, Pairing, PlanBuilder, RopeSpec, RouterScore, RouterSpec, StateConfig};
+use crate::{
+    Backend, Buf, Error, LocalKernels, Pairing, PlanBuilder, RopeSpec, RouterScore, RouterSpec, StateConfig,
+};
 
 use super::{
     Report, Tolerance,
@@ -230,6 +232,20 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
             p.gated_rms_norm(x, z, &w.vector(0), 1e-6)
         }),
     );
+
+    // More rows than taps, and fewer; three groups of channels, and a channel each.
+    for (n_tap, side, n_group) in [(3, 0, 3), (3, 1, 3), (2, 1, 33), (1, 0, 1)] {
+        let base = vec![Tensor::random(random, [33, 2 * n_tap], GgmlType::F32, 1.0)];
+        let record = move |p: &mut PlanBuilder<'_>, w: &Weights| {
+            let (n_delta, width) = (2 * n_tap * n_group, 33 + 2 * n_tap * n_group);
+            let x = p.input(width);
+            let (x, delta) = (p.columns(x, width, 0, 33), p.columns(x, width, 33, n_delta));
+            let kernels = LocalKernels { id: w.matrix(0).id, channels: 33, n_tap, n_side: 2 };
+            p.local_conv(x, delta, &kernels, side)
+        };
+        let width = 33 + 2 * n_tap * n_group;
+        run(random, case(&format!("local_conv of {n_tap}, side {side}"), width, base, tolerance, &record));
+    }
 
     for pairing in [Pairing::HalfSplit, Pairing::Adjacent] {
         for with_factors in [false, true] {

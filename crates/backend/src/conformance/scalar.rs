@@ -396,6 +396,21 @@ impl ScalarExec {
                 );
                 (dst, result)
             }
+            Op::LocalConv { base, delta, side, n_tap, src, dst } => {
+                let (base, delta, x) = (self.weight(*base), all(delta), all(src));
+                let n_group = delta.first().map_or(1, |row| row.len() / base.len());
+                let channel = |lane: &Lane<'_>, row: usize, c: usize| -> f64 {
+                    let tap = |t: usize| {
+                        let at = side * n_tap + t;
+                        let group = c / (x[row].len() / n_group);
+                        (base[at][c] + delta[row][at * n_group + group]) * x[row - t][c]
+                    };
+                    (0..*n_tap).filter(|t| row >= lane.rows.start + t).map(tap).sum()
+                };
+                let lanes = step.lanes.iter().flat_map(|lane| lane.rows.clone().map(move |row| (lane, row)));
+                let width = self.plan.width(*dst);
+                (dst, lanes.map(|(lane, row)| (0..width).map(|c| channel(lane, row, c)).collect()).collect())
+            }
             Op::DeltaGates { alpha, b, dt_bias, a, decay, beta } => {
                 let (dt_bias, a) = (self.vector(*dt_bias), self.vector(*a));
                 let row = |x: &Vec<f64>| (0..a.len()).map(|h| softplus(x[h] + dt_bias[h]) * a[h]).collect();

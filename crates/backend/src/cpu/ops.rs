@@ -12,6 +12,7 @@ use std::{
 
 use paceline_kernels::{
     act,
+    conv::local_conv,
     delta::{DeltaRun, delta_run},
     packed::{PackedMatrix, QuantRows, RowWriter},
 };
@@ -131,6 +132,13 @@ impl CpuOp {
             Op::Router { spec, .. } => this.weight = spec.expert_scale.map(weight),
             Op::GatedRmsNorm { weight: id, .. } | Op::ShortConv { weight: id, .. } => {
                 this.weight = Some(weight(*id))
+            }
+            Op::LocalConv { base, delta, side, n_tap, src, .. } => {
+                let base = weight(*base);
+                let (n_side, n_delta) = (base.n_rows() / n_tap, plan.width(*delta));
+                assert_eq!(base.n_in(), plan.width(*src), "local_conv channels");
+                assert!(*side < n_side && n_delta.is_multiple_of(n_side * n_tap), "local_conv shape");
+                this.weight = Some(base);
             }
             Op::Rope { rope, .. } => {
                 let factors = rope.factors.map(weight);
@@ -359,6 +367,17 @@ impl CpuOp {
                 for head in out.chunks_exact_mut(*head_dim) {
                     (cx.table.rows.rotate)(head, turns, spec.pairing);
                 }
+            }
+            Op::LocalConv { delta, side, n_tap, src, dst, .. } => {
+                let (base, n_side) = (self.weight().floats(), self.weight().n_rows() / n_tap);
+                let (delta, lane) = (cx.row(*delta, row), &cx.step.lanes[cx.lane_of_row[row] as usize]);
+                let side = |values: usize| side * values..(side + 1) * values;
+                let base = &base[side(n_tap * cx.plan.width(*src))];
+                let delta = &delta[side(delta.len() / n_side)];
+                // SAFETY: see above.
+                let out = unsafe { cx.row_mut(*dst, row) };
+                let past = (lane.rows.start..=row).rev().take(*n_tap).map(|row| cx.row(*src, row));
+                local_conv(past, base, delta, *n_tap, out);
             }
             Op::DeltaGates { alpha, b, decay, beta, .. } => {
                 let (dt_bias, a) =
@@ -665,6 +684,7 @@ fn row_wise_dst(op: &Op) -> Buf {
         | Op::SigmoidMul { dst, .. }
         | Op::Add { dst, .. }
         | Op::WeightedSum { dst, .. }
+        | Op::LocalConv { dst, .. }
         | Op::Columns { dst, .. }
         | Op::SelectOutputs { dst, .. } => dst,
         // The source has the width of what is written.

@@ -1,4 +1,4 @@
-//! DFlash v1 drafters in the layout of the z-lab checkpoints: the layers of [`super::qwen3`], no embedding and no head of
+//! DFlash drafters, both versions, in the layout of the z-lab checkpoints: the layers of [`super::qwen3`], no embedding and no head of
 //! their own, and `fc` with `hidden_norm` to fuse the target's tapped hidden states.
 //!
 //! `target_layer_ids` counts layers from 0; the file's `dflash.target_layers` counts the inputs of layers, so each is one
@@ -10,6 +10,10 @@
 //! | `dflash_config.use_swa` without `layer_types` | all layers sliding, `attention.causal` false |
 //! | `layer_types` | `attention.sliding_window_pattern`; sliding layers are causal, full ones are not |
 //! | none of these | nothing: full and not causal |
+//!
+//! Version 2 is never causal unless it says so. It has convolutions around the sublayers and a selector, with the names and
+//! axes that the file has too: the channels of `base_kernel` `[2, taps, channels]` are the fastest, and a row of the projection
+//! is `(side · taps + tap) · groups + group`.
 
 use super::decoder::Decoder;
 use super::qwen3::decoder_layer;
@@ -20,7 +24,9 @@ use crate::layout::Layout;
 use crate::recipe::Recipe;
 
 pub(super) const FAMILY: Family =
-    Family { arch: "dflash", architectures: &["DFlashDraftModel"], drafts: true, write };
+    Family { arch: "dflash", architectures: &["DFlashDraftModel", "DFlash2DraftModel"], drafts: true, write };
+
+const VERSION_2: &str = "DFlash2DraftModel";
 
 const SLIDING: &str = "sliding_attention";
 const FULL: &str = "full_attention";
@@ -32,10 +38,11 @@ fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Resul
     if decoder.rope.n_rot != decoder.head_dim {
         return Err(config.error("partial_rotary_factor", "1", "this variant is not supported yet"));
     }
-    for key in ["backbone_rotary_base", "attention_sink_bias", "conv_kernel_size", "selector_rank"] {
+    for key in ["backbone_rotary_base", "attention_sink_bias"] {
         let is_set = draft.get(key).is_some_and(|value| value.as_bool() != Some(false));
-        draft.refuse(key, is_set, "a drafter of DFlash version 1 without it")?;
+        draft.refuse(key, is_set, "a drafter of DFlash version 1 or 2 without it")?;
     }
+    let version2 = Version2::read(config, &draft, decoder.n_embd)?;
     if recipe.checkpoint.dir().join("mask_embedding.pt").exists() {
         return Err(draft.error(
             "mask_token_id",
@@ -64,10 +71,11 @@ fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Resul
     recipe.key("target_layers", taps.iter().map(|&tap| tap as i32 + 1).collect::<Vec<_>>());
     recipe.size_key("target_hidden_size", n_embd_target);
     recipe.metadata.insert("tokenizer.ggml.mask_token_id", mask as u32);
-    attention_keys(recipe, config, &draft, decoder.n_layer)?;
+    attention_keys(recipe, config, &draft, decoder.n_layer, version2.is_some())?;
     for (theirs, ours) in [
         ("input_embedding_scale", "embedding_scale"),
         ("output_multiplier", "logit_scale"),
+        ("logit_scale", "logit_scale"),
         ("final_logit_softcapping", "final_logit_softcapping"),
     ] {
         if let Some(x) = draft.opt_f32(theirs)?.or(config.opt_f32(theirs)?) {
@@ -96,7 +104,70 @@ fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Resul
     for il in 0..decoder.n_layer {
         decoder_layer(recipe, &decoder, il, &format!("{root}layers.{il}."))?;
     }
-    Ok(())
+    version2.map_or(Ok(()), |v2| v2.write(recipe, root, decoder.n_layer))
+}
+
+/// Sizes of what version 2 adds.
+struct Version2 {
+    n_embd: usize,
+    n_tap: usize,
+    group: usize,
+    n_rank: usize,
+    n_top: usize,
+}
+
+impl Version2 {
+    /// Reads the sizes, or nothing of version 1.
+    fn read(config: &Config, draft: &Config, n_embd: usize) -> Result<Option<Version2>, Error> {
+        let architectures = config.opt_strings("architectures")?.unwrap_or_default();
+        let keys = ["conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"];
+        if !architectures.contains(&VERSION_2) && keys.iter().all(|key| draft.get(key).is_none()) {
+            return Ok(None);
+        }
+        let [n_tap, group, n_rank, n_top] = keys.map(|key| draft.usize(key));
+        let (n_tap, group) = (n_tap?, group?);
+        if n_tap < 2 {
+            return Err(draft.error("conv_kernel_size", "2 rows or more", ""));
+        }
+        if !n_embd.is_multiple_of(group) {
+            return Err(draft.error("conv_group_size", format!("a divisor of {n_embd} (hidden_size)"), ""));
+        }
+        Ok(Some(Version2 { n_embd, n_tap, group, n_rank: n_rank?, n_top: n_top? }))
+    }
+
+    fn write(&self, recipe: &mut Recipe, root: &str, n_layer: usize) -> Result<(), Error> {
+        let &Version2 { n_embd, n_tap, group, n_rank, n_top } = self;
+        for (key, n) in [
+            ("conv_kernel_size", n_tap),
+            ("conv_group_size", group),
+            ("selector_rank", n_rank),
+            ("selector_top_k", n_top),
+        ] {
+            recipe.size_key(key, n);
+        }
+        for il in 0..n_layer {
+            for (ours, theirs) in [("attn", "attention"), ("ffn", "mlp")] {
+                let (name, conv) =
+                    (format!("blk.{il}.{ours}_conv"), format!("{root}layers.{il}.{theirs}_conv"));
+                let (base, shape) = (format!("{conv}.base_kernel"), [2, n_tap, n_embd]);
+                recipe.tensor(&format!("{name}_base"), &base, &shape, Layout::SAME)?;
+                let (proj, shape) =
+                    (format!("{conv}.kernel_projection.weight"), [2 * n_tap * n_embd / group, n_embd]);
+                recipe.tensor(&format!("{name}_proj.weight"), &proj, &shape, Layout::SAME)?;
+            }
+        }
+        for (ours, theirs, shape) in [
+            ("predecessor", "predecessor_codebook", [recipe.n_vocab, n_rank]),
+            ("successor", "successor_codebook", [recipe.n_vocab, n_rank]),
+            ("hidden", "hidden_projection", [n_rank, n_embd]),
+        ] {
+            // Some checkpoints say `.weight` behind the tables too, as all do behind the projection.
+            let bare = format!("{root}candidate_selector.{theirs}");
+            let tensor = if recipe.checkpoint.has(&bare) { bare } else { format!("{bare}.weight") };
+            recipe.tensor(&format!("selector_{ours}.weight"), &tensor, &shape, Layout::SAME)?;
+        }
+        Ok(())
+    }
 }
 
 /// The tapped layers. There is a formula for configs that leave them out, and trainers that used another one: a wrong guess
@@ -149,11 +220,18 @@ fn check_target(
 }
 
 /// Windows and causality; see the table above.
-fn attention_keys(recipe: &mut Recipe, config: &Config, draft: &Config, n_layer: usize) -> Result<(), Error> {
+fn attention_keys(
+    recipe: &mut Recipe,
+    config: &Config,
+    draft: &Config,
+    n_layer: usize,
+    is_version2: bool,
+) -> Result<(), Error> {
     let mut causal = match config.opt_bool("is_causal")? {
         Some(causal) => Some(causal),
         None => draft.opt_bool("causal")?,
     };
+    causal = causal.or(is_version2.then_some(false));
     let window = match draft.opt_usize("swa_window_size")? {
         Some(window) => Some(window),
         None => config.opt_usize("sliding_window")?,

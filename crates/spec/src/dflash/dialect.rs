@@ -10,6 +10,13 @@
 //! The drafter's own keys stand under the architecture or under one of the first two names, with a second `dflash.`
 //! or without; where a file has several spellings, they must agree.
 //!
+//! Version 2 adds tensors, for which there are two naming schemes again, either of them beside any of the above:
+//!
+//! | convolutions | selector |
+//! |---|---|
+//! | `blk.N.{attn,ffn}_conv_base`, `…_conv_proj.weight` | `selector_{predecessor,successor,hidden}.weight` |
+//! | `blk.N.{attn,ffn}_conv.base`, `…_conv.proj.weight` | `selector.{pred_codebook,succ_codebook,hidden_proj.weight}` |
+//!
 //! A file is read into one [`Contract`], checked against the target, and from there on nothing knows which dialect
 //! it was. One off in a tap is silent (acceptance drops, text stays right), so nothing is guessed.
 
@@ -35,26 +42,75 @@ const NAMES: &[Names] = &[
     Names { label: "dflash.fc", fc: "dflash.fc.weight", hidden_norm: "dflash.hidden_norm.weight" },
 ];
 
-/// Variants that need more than this file implements, by a tensor that only they have.
-const OTHER_BY_TENSOR: &[(&str, &str)] = &[
-    ("attn_conv", "DFlash2"),
-    ("selector", "DFlash2"),
-    ("markov_", "DSpark"),
-    ("conf_proj", "DSpark"),
-    ("dflash_aux_hidden_norm", "Laguna DFlash"),
+/// How a naming scheme calls what version 2 adds. Convolutions stand behind `blk.N.attn_` and `blk.N.ffn_`.
+#[derive(Debug)]
+pub(super) struct Version2Names {
+    pub conv_base: &'static str,
+    pub conv_proj: &'static str,
+    pub predecessor: &'static str,
+    pub successor: &'static str,
+    pub hidden: &'static str,
+}
+
+const VERSION_2_NAMES: &[Version2Names] = &[
+    Version2Names {
+        conv_base: "conv_base",
+        conv_proj: "conv_proj.weight",
+        predecessor: "selector_predecessor.weight",
+        successor: "selector_successor.weight",
+        hidden: "selector_hidden.weight",
+    },
+    Version2Names {
+        conv_base: "conv.base",
+        conv_proj: "conv.proj.weight",
+        predecessor: "selector.pred_codebook",
+        successor: "selector.succ_codebook",
+        hidden: "selector.hidden_proj.weight",
+    },
 ];
 
-/// The same by a key whose number is neither the one that changes nothing nor the target's own.
-const OTHER_BY_NUMBER: &[(&str, f32, &str)] = &[
-    ("hyper_connection.count", 0.0, "DeepSeek DSpark"),
-    ("backbone_rotary_base", 0.0, "MiMo DFlash"),
-    ("final_logit_softcapping", 0.0, "Gemma 4 DFlash"),
-    ("embedding_scale", 1.0, "Gemma 4 DFlash"),
-    ("logit_scale", 1.0, "Muse-Glimmer DFlash"),
-];
+impl Version2Names {
+    fn has(&self, name: &str) -> bool {
+        [self.predecessor, self.successor, self.hidden].contains(&name)
+            || name
+                .strip_prefix("blk.")
+                .and_then(|rest| rest.split_once('.'))
+                .is_some_and(|(_, part)| self.has_in_layer(part))
+    }
+
+    fn has_in_layer(&self, part: &str) -> bool {
+        let conv = part.strip_prefix("attn_").or_else(|| part.strip_prefix("ffn_"));
+        conv.is_some_and(|conv| [self.conv_base, self.conv_proj].contains(&conv))
+    }
+}
+
+/// What a file of version 2 says beside version 1.
+#[derive(Debug)]
+pub(super) struct Version2 {
+    pub names: &'static Version2Names,
+    /// Rows of a block that its convolutions look at, the own one included.
+    pub n_tap: usize,
+    /// Channels that share what a row's kernel differs in.
+    pub group: usize,
+    /// Width of the selector's tables.
+    pub n_rank: usize,
+    /// Candidates of a row.
+    pub n_top: usize,
+}
+
+/// Variants that need more than this file implements, by a tensor that only they have.
+const OTHER_BY_TENSOR: &[(&str, &str)] =
+    &[("markov_", "DSpark"), ("conf_proj", "DSpark"), ("dflash_aux_hidden_norm", "Laguna DFlash")];
+
+/// The same by a key whose number is not 0.
+const OTHER_BY_NUMBER: &[(&str, &str)] =
+    &[("hyper_connection.count", "DeepSeek DSpark"), ("backbone_rotary_base", "MiMo DFlash")];
 
 /// The same by a flag.
 const OTHER_BY_FLAG: &[(&str, &str)] = &[("laguna", "Laguna DFlash"), ("sample_from_anchor", "DSpark")];
+
+/// Most candidates of a row: they are kept sorted by moving them one by one.
+const N_TOP_MAX: usize = 256;
 
 const RECONVERT: &str =
     "; convert the original checkpoint again: paceline convert HF_DIR OUT.gguf --target TARGET_DIR";
@@ -89,6 +145,19 @@ pub(super) struct Contract {
     pub d2t: Option<Vec<Token>>,
     pub own_embedding: bool,
     pub own_head: bool,
+    pub ends: Ends,
+    pub version2: Option<Version2>,
+}
+
+/// What is done to embedded rows and to logits: the file's word, else what the target does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Ends {
+    /// Factor on embedded rows.
+    pub embd_scale: f32,
+    /// Factor on what the head gives.
+    pub logit_scale: f32,
+    /// Bound on the logits after that.
+    pub logit_cap: Option<f32>,
 }
 
 /// What the target brings into the contract.
@@ -108,21 +177,12 @@ impl TargetFacts {
         let &SharedWeights { embd_scale, logit_cap, .. } = shared;
         TargetFacts { n_layer, n_embd, n_vocab, embd_scale, logit_cap }
     }
-
-    /// Whether a drafter's number says what the target does anyway. Scales are often given as rounded to bf16.
-    fn agrees(&self, key: &str, x: f32) -> bool {
-        match key {
-            "embedding_scale" => (x / self.embd_scale - 1.0).abs() < 0.005,
-            "final_logit_softcapping" => self.logit_cap == Some(x),
-            _ => false,
-        }
-    }
 }
 
 impl Contract {
     pub fn read(w: &Weights, arch: &str, target: &TargetFacts) -> Result<Contract, LoadError> {
         let file = w.file();
-        refuse_other_variants(w, target)?;
+        refuse_other_variants(w)?;
         let names = tensor_names(file)?;
         let mut hparams = Hparams::read_with_vocab(w, target.n_vocab)?;
         refuse_unscaled_rope(w)?;
@@ -158,6 +218,11 @@ impl Contract {
             }
             (None, _) => {}
         }
+        let version2 = version2(w, &hparams)?;
+        if let (Some(_), Some(_)) = (&version2, &d2t) {
+            let expected = "none in a drafter with a selector, whose tables have a row for each token";
+            return Err(mismatch(file, "tensor `d2t`", expected, "one", RECONVERT));
+        }
         let ffn_norm = match w.has("blk.0.ffn_norm.weight") {
             true => "ffn_norm",
             false => "post_attention_norm",
@@ -172,10 +237,12 @@ impl Contract {
             n_embd_target,
             n_block: block_size(w)?,
             mask: mask_token(w, target.n_vocab)?,
-            layers: layer_masks(w, arch, names, hparams.n_layer)?,
+            layers: layer_masks(w, arch, names, hparams.n_layer, version2.is_some())?,
             d2t,
             own_embedding: w.has("token_embd.weight"),
             own_head: w.has("output.weight"),
+            ends: ends(w, target)?,
+            version2,
             hparams,
         };
         contract.check_windows(file)?;
@@ -212,7 +279,16 @@ impl Contract {
                 (None, true) => "own".to_string(),
                 (None, false) => "target's".to_string(),
             },
-        )
+        ) + &self.version2.as_ref().map_or(String::new(), |v2| {
+            let Version2 { n_tap, group, n_rank, n_top, .. } = v2;
+            format!(
+                ", convolution of {n_tap} rows in groups of {group}, selector of rank {n_rank} among {n_top}"
+            )
+        })
+    }
+
+    fn version(&self) -> &'static str {
+        if self.version2.is_some() { "DFlash2" } else { "DFlash v1" }
     }
 
     fn check_windows(&self, file: &Gguf) -> Result<(), LoadError> {
@@ -252,12 +328,15 @@ impl Contract {
         ];
         let global =
             [self.fc, self.hidden_norm, "output_norm.weight", "token_embd.weight", "output.weight", "d2t"];
+        let v2 = self.version2.as_ref().map(|v2| v2.names);
         let in_layer = |part: &str| {
             PER_LAYER.contains(&part)
+                || v2.is_some_and(|names| names.has_in_layer(part))
                 || part.strip_suffix(".weight").is_some_and(|norm| norm == self.ffn_norm)
         };
         let known = |name: &str| {
             global.contains(&name)
+                || v2.is_some_and(|v2| [v2.predecessor, v2.successor, v2.hidden].contains(&name))
                 || name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).is_some_and(
                     |(il, part)| {
                         il.parse::<usize>().is_ok_and(|il| il < self.hparams.n_layer) && in_layer(part)
@@ -272,7 +351,7 @@ impl Contract {
         Err(mismatch(
             file,
             "tensors",
-            format!("those of a DFlash v1 drafter of {} layers", self.hparams.n_layer),
+            format!("those of a {} drafter of {} layers", self.version(), self.hparams.n_layer),
             format!("also {}", unknown.join(", ")),
             "; the file holds a variant that is not implemented, or is not a drafter",
         ))
@@ -325,13 +404,13 @@ fn own<'a, T: PartialEq>(
     Ok(found.map(|(_, value)| value))
 }
 
-fn refuse_other_variants(w: &Weights, target: &TargetFacts) -> Result<(), LoadError> {
+fn refuse_other_variants(w: &Weights) -> Result<(), LoadError> {
     let file = w.file();
     let refuse = |variant: String| {
         Err(LoadError::Unsupported {
             file: file.name().to_string(),
             variant,
-            way_out: "use a DFlash v1 drafter of the same target, or go without".to_string(),
+            way_out: "use a DFlash or DFlash2 drafter of the same target, or go without".to_string(),
         })
     };
     for (part, variant) in OTHER_BY_TENSOR {
@@ -347,13 +426,80 @@ fn refuse_other_variants(w: &Weights, target: &TargetFacts) -> Result<(), LoadEr
             return refuse(format!("{variant} ({key})"));
         }
     }
-    for (key, neutral, variant) in OTHER_BY_NUMBER {
-        let x = own(w, key, |meta, key| meta.f32(key))?;
-        if let Some(x) = x.filter(|x| x != neutral && !target.agrees(key, *x)) {
+    for (key, variant) in OTHER_BY_NUMBER {
+        if let Some(x) = own(w, key, |meta, key| meta.f32(key))?.filter(|&x| x != 0.0) {
             return refuse(format!("{variant} ({key} {x})"));
         }
     }
     Ok(())
+}
+
+/// The scheme and sizes of version 2, if the file is one.
+fn version2(w: &Weights, hp: &Hparams) -> Result<Option<Version2>, LoadError> {
+    let file = w.file();
+    let of = |names: &&Version2Names| file.tensors().iter().any(|t| names.has(&t.name));
+    let found: Vec<&'static Version2Names> = VERSION_2_NAMES.iter().filter(of).collect();
+    let size = |key: &str| own(w, key, |meta, key| meta.u32(key));
+    let names = match found[..] {
+        [names] => names,
+        [] => {
+            for key in ["conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k"] {
+                if size(key)?.is_some() {
+                    let expected = format!("those of DFlash2, as there is `{key}`");
+                    return Err(mismatch(file, "tensors", expected, "those of DFlash v1 alone", CONTRADICTS));
+                }
+            }
+            return Ok(None);
+        }
+        _ => {
+            let first = |names: &Version2Names| {
+                file.tensors().iter().find(|t| names.has(&t.name)).map_or("", |t| t.name.as_str())
+            };
+            let found = found.iter().map(|names| first(names)).collect::<Vec<_>>().join(" and ");
+            return Err(mismatch(file, "tensor names of version 2", "one dialect", found, CONTRADICTS));
+        }
+    };
+    let need = |key: &str, expected: String, fits: &dyn Fn(usize) -> bool| match size(key)? {
+        Some(n) if fits(n as usize) => Ok(n as usize),
+        Some(n) => Err(mismatch(file, key, expected, n, RECONVERT)),
+        None => Err(mismatch(file, key, expected, "no such key", RECONVERT)),
+    };
+    let (n_embd, n_vocab) = (hp.n_embd, hp.n_vocab);
+    let divides = |n: usize| n > 0 && n_embd.is_multiple_of(n);
+    let n_top_max = n_vocab.min(N_TOP_MAX);
+    Ok(Some(Version2 {
+        names,
+        n_tap: need("conv_kernel_size", "2 to 16".to_string(), &|n| (2..=16).contains(&n))?,
+        group: need("conv_group_size", format!("a divisor of {n_embd} (embedding_length)"), &divides)?,
+        n_rank: need("selector_rank", "at least 1".to_string(), &|n| n > 0)?,
+        n_top: need("selector_top_k", format!("1 to {n_top_max}"), &|n| (1..=n_top_max).contains(&n))?,
+    }))
+}
+
+/// Scales and cap: the file's, where it has them. What is the target's own but for rounding is the target's own.
+fn ends(w: &Weights, target: &TargetFacts) -> Result<Ends, LoadError> {
+    let factor = |key: &str| -> Result<Option<f32>, LoadError> {
+        match own(w, key, |meta, key| meta.f32(key))? {
+            Some(x) if !x.is_finite() || x <= 0.0 => {
+                Err(mismatch(w.file(), key, "a positive number", x, RECONVERT))
+            }
+            x => Ok(x),
+        }
+    };
+    let is_targets = |x: &f32| (x / target.embd_scale - 1.0).abs() < 0.005;
+    let cap = own(w, "final_logit_softcapping", |meta, key| meta.f32(key))?;
+    let logit_cap = match cap {
+        Some(cap) if !cap.is_finite() || cap < 0.0 => {
+            return Err(mismatch(w.file(), "final_logit_softcapping", "a positive number", cap, RECONVERT));
+        }
+        // Zero is how files say nothing.
+        cap => cap.filter(|&cap| cap > 0.0).or(target.logit_cap),
+    };
+    Ok(Ends {
+        embd_scale: factor("embedding_scale")?.filter(|x| !is_targets(x)).unwrap_or(target.embd_scale),
+        logit_scale: factor("logit_scale")?.unwrap_or(1.0),
+        logit_cap,
+    })
 }
 
 /// Scaled angles by a factor alone: `rope.scaling.type` is checked with the other sizes.
@@ -535,9 +681,15 @@ fn mask_token(w: &Weights, n_vocab: usize) -> Result<Token, LoadError> {
     }
 }
 
-/// Which rows see what. A flag for all layers counts only in the dialect whose writer means it; then sliding
-/// layers are causal inside the block and full ones are not.
-fn layer_masks(w: &Weights, arch: &str, names: &Names, n_layer: usize) -> Result<Vec<LayerMask>, LoadError> {
+/// Which rows see what. A flag for all layers counts only in the dialect whose writer means it; without it, sliding layers
+/// of version 1 are causal inside the block and no others are.
+fn layer_masks(
+    w: &Weights,
+    arch: &str,
+    names: &Names,
+    n_layer: usize,
+    is_version2: bool,
+) -> Result<Vec<LayerMask>, LoadError> {
     let meta = w.metadata();
     let window = meta.u32(&w.key("attention.sliding_window"))?.filter(|&n| n > 0).map(|n| n as usize);
     let key = w.key("attention.sliding_window_pattern");
@@ -558,6 +710,8 @@ fn layer_masks(w: &Weights, arch: &str, names: &Names, n_layer: usize) -> Result
         ("dflash", "fc") => meta.bool(&w.key("attention.causal"))?,
         _ => None,
     };
+    // All drafters of version 2 were trained so.
+    let causal = causal.or(is_version2.then_some(false));
     Ok(pattern
         .iter()
         .map(|&sliding| LayerMask {

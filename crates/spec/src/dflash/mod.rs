@@ -1,4 +1,4 @@
-//! DFlash, version 1: a small model that fills a block of masks in one pass, reading the target's hidden states
+//! DFlash: a small model that fills a block of masks in one pass, reading the target's hidden states
 //! ("DFlash: Block Diffusion for Flash Speculative Decoding", Chen, Liang and Liu, 2026, arXiv 2602.06036).
 //!
 //! ```text
@@ -13,15 +13,28 @@
 //! written behind the committed cells and never committed, so a draft leaves nothing behind. Row 0 carries
 //! untrained logits and is never sampled.
 //!
+//! Version 2 ("DFlash2") puts a convolution along the rows of the block around each attention and each feed-forward layer,
+//! with kernels that a row brings itself, and lets a [`selector`] choose among the likeliest tokens of each row:
+//!
+//! ```text
+//! delta = proj · u          u: the normed input of the sublayer f
+//! x += conv(f(conv(u; delta, side 0)); delta, side 1)        rows before the block's first are zeros
+//! ```
+//!
+//! The history of a convolution begins anew with each block and the context is not convolved, so neither adds to what is
+//! kept of a sequence: forks, exports and cuts are those of version 1.
+//!
 //! Blocks always have their native size, whatever the number of tokens wanted: rows that see all masks see what
 //! they were trained with, and only the rows that are asked for go through the head.
 
 mod dialect;
+mod selector;
 
 use std::{collections::HashMap, sync::Arc};
 
 use paceline_backend::{
-    Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap, Vector,
+    Buf, Exec, Lane, LocalKernels, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap,
+    Vector,
 };
 use paceline_memory::{Memory, SeqId};
 use paceline_models::{
@@ -33,12 +46,13 @@ use crate::{
     Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
     drafter::known,
 };
-use dialect::{ARCHS, Contract, TargetFacts};
+use dialect::{ARCHS, Contract, Ends, TargetFacts};
+use selector::Selector;
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
     name: "dflash",
-    aliases: &["draft-dflash"],
+    aliases: &["draft-dflash", "dflash2", "draft-dflash2"],
     origin: Origin::File(|arch| ARCHS.contains(&arch)),
     load: |request| Ok(Box::new(Dflash::load(request)?)),
 };
@@ -50,6 +64,7 @@ struct Dflash {
     absorb: Box<dyn Exec>,
     /// Blocks to logits.
     fill: Box<dyn Exec>,
+    selector: Option<Selector>,
     memory: Memory,
     /// Our sequence of each of the target's.
     sequences: HashMap<SeqId, SeqId>,
@@ -65,17 +80,55 @@ struct Network {
     layers: Vec<Layer>,
     output_norm: Vector,
     tok_embd: Matrix,
-    embd_scale: f32,
     output: Matrix,
-    logit_cap: Option<f32>,
+    ends: Ends,
+    /// Normed states to what a selector weighs pairs of tokens with.
+    selector_hidden: Option<Matrix>,
     eps: f32,
 }
 
 struct Layer {
     attn_norm: Vector,
     attention: Attention,
+    attn_conv: Option<Conv>,
     ffn_norm: Vector,
     ffn: Mlp,
+    ffn_conv: Option<Conv>,
+}
+
+/// The convolutions in front of a sublayer and behind it.
+struct Conv {
+    base: LocalKernels,
+    /// The sublayer's input to what the kernels of a row differ in.
+    proj: Matrix,
+}
+
+impl Conv {
+    fn load(w: &Weights, contract: &Contract, sublayer: &str) -> Result<Option<Conv>, LoadError> {
+        let Some(v2) = &contract.version2 else { return Ok(None) };
+        let n_embd = contract.hparams.n_embd;
+        let (base, proj) =
+            (format!("{sublayer}{}", v2.names.conv_base), format!("{sublayer}{}", v2.names.conv_proj));
+        let n_delta = 2 * v2.n_tap * n_embd / v2.group;
+        Ok(Some(Conv {
+            base: w.local_kernels(&base, [n_embd, v2.n_tap, 2], "n_embd, conv_kernel_size, sides")?,
+            proj: w.matrix(&proj, [n_embd, n_delta], "n_embd, sides·conv_kernel_size·groups")?,
+        }))
+    }
+}
+
+/// A sublayer `f`, between its convolutions if it has any. The kernels of both sides follow from the input of the first.
+fn convolved(
+    p: &mut PlanBuilder<'_>,
+    conv: Option<&Conv>,
+    u: Buf,
+    f: impl FnOnce(&mut PlanBuilder<'_>, Buf) -> Buf,
+) -> Buf {
+    let Some(Conv { base, proj }) = conv else { return f(p, u) };
+    let delta = p.matmul(u, proj);
+    let u = p.local_conv(u, delta, base, 0);
+    let y = f(p, u);
+    p.local_conv(y, delta, base, 1)
 }
 
 impl Network {
@@ -98,8 +151,10 @@ impl Network {
                 Ok(Layer {
                     attn_norm: norm("attn_norm")?,
                     attention: Attention::load(w, &prefix, shape, StateId(il as u32))?,
+                    attn_conv: Conv::load(w, contract, &format!("{prefix}attn_"))?,
                     ffn_norm: norm(contract.ffn_norm)?,
                     ffn: Mlp::load(w, &prefix, n_embd, hp.n_ff)?,
+                    ffn_conv: Conv::load(w, contract, &format!("{prefix}ffn_"))?,
                 })
             })
             .collect::<Result<Vec<_>, LoadError>>()?;
@@ -116,10 +171,12 @@ impl Network {
             tok_embd: w
                 .matrix_opt("token_embd.weight", [n_embd, target.tok_embd.n_out], "n_embd, n_vocab")?
                 .unwrap_or(target.tok_embd),
-            // The target's scale and cap, as its own forward has them, and each once.
-            embd_scale: target.embd_scale,
-            logit_cap: target.logit_cap,
             output: embd("output.weight")?.unwrap_or(target.output),
+            ends: contract.ends,
+            selector_hidden: match &contract.version2 {
+                Some(v2) => Some(w.matrix(v2.names.hidden, [n_embd, v2.n_rank], "n_embd, selector_rank")?),
+                None => None,
+            },
             eps: hp.eps,
         })
     }
@@ -136,23 +193,32 @@ impl Network {
         p.finish(None)
     }
 
-    /// Blocks `[n]` -> logits `[n_out, n_vocab]` of the rows that are asked for.
+    /// Blocks `[n]` -> logits `[n_out, n_vocab]` of the rows that are asked for; beside them, for a selector, their states
+    /// `[n_out, n_rank]`.
     fn record_fill(&self) -> Plan {
         let mut p = PlanBuilder::new(&[]);
-        let mut x = p.embed(&self.tok_embd, self.embd_scale);
+        let mut x = p.embed(&self.tok_embd, self.ends.embd_scale);
         for layer in &self.layers {
             let h = p.rms_norm(x, &layer.attn_norm, self.eps);
-            let h = layer.attention.forward(&mut p, h);
+            let h = convolved(&mut p, layer.attn_conv.as_ref(), h, |p, h| layer.attention.forward(p, h));
             x = p.add(x, h);
             let h = p.rms_norm(x, &layer.ffn_norm, self.eps);
-            let h = layer.ffn.forward(&mut p, h);
+            let h = convolved(&mut p, layer.ffn_conv.as_ref(), h, |p, h| layer.ffn.forward(p, h));
             x = p.add(x, h);
         }
         let x = p.select_outputs(x);
         let x = p.rms_norm(x, &self.output_norm, self.eps);
         let logits = p.matmul(x, &self.output);
-        let logits = self.logit_cap.map_or(logits, |cap| p.softcap(logits, cap));
-        p.finish(Some(logits))
+        let Ends { logit_scale, logit_cap, .. } = self.ends;
+        let logits = if logit_scale == 1.0 { logits } else { p.scale(logits, logit_scale) };
+        let logits = logit_cap.map_or(logits, |cap| p.softcap(logits, cap));
+        match &self.selector_hidden {
+            Some(hidden) => {
+                let states = p.matmul(x, hidden);
+                p.finish_with(logits, states)
+            }
+            None => p.finish(Some(logits)),
+        }
     }
 }
 
@@ -165,6 +231,10 @@ impl Dflash {
         let facts = TargetFacts::of(hp, &request.target.shared());
         let contract = Contract::read(&w, arch, &facts)?;
         let network = Network::load(&w, &contract, request.target.shared())?;
+        let selector = match &contract.version2 {
+            Some(v2) => Some(Selector::load(&w, v2, facts.n_vocab)?),
+            None => None,
+        };
         let decls: Vec<_> = contract
             .layers
             .iter()
@@ -179,6 +249,7 @@ impl Dflash {
         Ok(Dflash {
             absorb: request.backend.compile(Arc::new(absorb), &states)?,
             fill: request.backend.compile(Arc::new(network.record_fill()), &states)?,
+            selector,
             memory: Memory::new(states, request.n_cell_max),
             taps: contract.taps.iter().map(|&il| Tap::Layer(il)).collect(),
             contract,
@@ -211,11 +282,12 @@ impl Dflash {
     }
 
     /// Turns the logits of one block into a draft.
-    fn pick(&self, request: &mut DraftRequest<'_>, first_output: usize, n_draft: usize) -> Draft {
+    fn pick(&mut self, request: &mut DraftRequest<'_>, first_output: usize, n_draft: usize) -> Draft {
         let mut draft = Draft::default();
         let mut full = Vec::new();
+        let mut before = request.anchor;
         for i in 1..=n_draft {
-            let row = first_output + i - 1;
+            let (row, position) = (first_output + i - 1, (request.position + i) as u64);
             let (mut logits, mut known) = (self.out.output_row(row), known(&self.out, row));
             if let Some(d2t) = &self.contract.d2t {
                 full.clear();
@@ -226,8 +298,16 @@ impl Dflash {
                 logits = &full;
                 known = None;
             }
-            match request.sampler.propose_known((request.position + i) as u64, logits, known) {
+            let proposed = match &mut self.selector {
+                Some(selector) => {
+                    let state = self.out.taps_rows(row..row + 1);
+                    selector.propose(request.sampler, (position, before), logits, state)
+                }
+                None => request.sampler.propose_known(position, logits, known),
+            };
+            match proposed {
                 Ok(proposal) => {
+                    before = proposal.token;
                     draft.tokens.push(proposal.token);
                     draft.q.push(proposal.q);
                 }

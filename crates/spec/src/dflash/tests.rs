@@ -7,7 +7,8 @@ use paceline_backend::{KvType, States, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
-use paceline_models::{Model, SharedWeights};
+use paceline_models::Model;
+use paceline_sampling::{Sampler, SamplingParams};
 use paceline_testkit::{Golden, goldens_dir, max_difference};
 
 use super::*;
@@ -22,6 +23,7 @@ struct Bench {
     backend: Arc<dyn paceline_backend::Backend>,
     /// Kept for the weights that the network shares.
     _target: Box<dyn Model>,
+    weights: Weights,
     contract: Contract,
     network: Network,
     /// The same, its embedding scaled twice over.
@@ -35,6 +37,12 @@ struct Bench {
 fn bench() -> &'static Bench {
     static BENCH: OnceLock<Bench> = OnceLock::new();
     BENCH.get_or_init(|| Bench::new("qwen35", "dflash"))
+}
+
+/// A drafter of the same with a scale, a factor and a cap of its own, in whose candidates the latter show.
+fn gemma_bench2() -> &'static Bench {
+    static BENCH: OnceLock<Bench> = OnceLock::new();
+    BENCH.get_or_init(|| Bench::new("gemma4", "dflash2-gemma4"))
 }
 
 /// A target that scales its embedding and caps its logits.
@@ -58,18 +66,20 @@ impl Bench {
         let backend: Arc<dyn paceline_backend::Backend> = Arc::new(CpuBackend::new(1).unwrap());
         let w = Weights::new(file(drafter, Some(goldens_dir().join(target))), backend.clone(), "dflash");
         let target = paceline_models::load(&file(target, None), &backend).unwrap();
-        let shared = target.shared();
-        let contract = Contract::read(&w, "dflash", &TargetFacts::of(target.hparams(), &shared)).unwrap();
-        let network = |shared| Network::load(&w, &contract, shared).unwrap();
-        // Where the target has no scale, another one is as wrong as it gets.
-        let twice = if shared.embd_scale == 1.0 { 2.0 } else { shared.embd_scale * shared.embd_scale };
+        let facts = TargetFacts::of(target.hparams(), &target.shared());
+        let contract = Contract::read(&w, "dflash", &facts).unwrap();
+        let network = |ends| Network { ends, ..Network::load(&w, &contract, target.shared()).unwrap() };
+        let ends = contract.ends;
+        // Where there is no scale, another one is as wrong as it gets.
+        let twice = if ends.embd_scale == 1.0 { 2.0 } else { ends.embd_scale * ends.embd_scale };
         Bench {
-            network: network(shared),
-            scaled: network(SharedWeights { embd_scale: twice, ..shared }),
-            unscaled: network(SharedWeights { embd_scale: 1.0, ..shared }),
-            uncapped: network(SharedWeights { logit_cap: None, ..shared }),
+            network: network(ends),
+            scaled: network(Ends { embd_scale: twice, ..ends }),
+            unscaled: network(Ends { embd_scale: 1.0, ..ends }),
+            uncapped: network(Ends { logit_cap: None, ..ends }),
             backend,
             _target: target,
+            weights: w,
             contract,
             golden: Golden::open(drafter),
         }
@@ -82,12 +92,12 @@ struct Change {
     shift_context: u32,
     shift_block: u32,
     input_norm_on_context: bool,
-    ends: Ends,
+    ends: Altered,
 }
 
 /// What the block is embedded and its logits are made with.
 #[derive(Clone, Copy, Default)]
-enum Ends {
+enum Altered {
     #[default]
     Right,
     ScaledTwice,
@@ -122,14 +132,14 @@ impl Bench {
         p.finish(None)
     }
 
-    fn run(&self, plan: Plan, states: &Arc<dyn States>, step: &Step<'_>) -> Vec<f32> {
+    fn run(&self, plan: Plan, states: &Arc<dyn States>, step: &Step<'_>) -> StepOut {
         let mut out = StepOut::default();
         self.backend.compile(Arc::new(plan), states).unwrap().run(step, &mut out);
-        out.output
+        out
     }
 
-    /// Logits of rows 1.. of the block behind `n` rows of context.
-    fn logits(&self, n: usize, anchor: Token, change: Change) -> Vec<f32> {
+    /// Logits of rows 1.. of the block behind `n` rows of context, and what a selector needs beside them.
+    fn block(&self, n: usize, anchor: Token, change: Change) -> StepOut {
         let states = self.states();
         let mut memory = Memory::new(states.clone(), 4096);
         let seq = memory.create();
@@ -152,10 +162,10 @@ impl Bench {
         let step =
             Step { tokens: &tokens, inputs: &[], positions: &positions, lanes: &lanes, outputs: &outputs };
         let network = match change.ends {
-            Ends::Right => &self.network,
-            Ends::ScaledTwice => &self.scaled,
-            Ends::Unscaled => &self.unscaled,
-            Ends::Uncapped => &self.uncapped,
+            Altered::Right => &self.network,
+            Altered::ScaledTwice => &self.scaled,
+            Altered::Unscaled => &self.unscaled,
+            Altered::Uncapped => &self.uncapped,
         };
         self.run(network.record_fill(), &states, &step)
     }
@@ -167,7 +177,7 @@ impl Bench {
         let whole = points.chunks(3).enumerate().filter(|(_, p)| p[2] as usize == n_block);
         whole
             .map(|(p, point)| {
-                let got = self.logits(point[0] as usize, point[1] as Token, change);
+                let got = self.block(point[0] as usize, point[1] as Token, change).output;
                 let want = self.golden.f32(&format!("point.{p}.logits"));
                 let row = want.len() / n_block;
                 max_difference(&got, &want[row..], row).abs()
@@ -181,7 +191,7 @@ fn fused_context_is_the_references() {
     let bench = bench();
     let (want, width) = (bench.golden.f32("ctx"), bench.golden.shape("ctx")[1]);
     let n = want.len() / width;
-    let fused = |norm: fn(&mut PlanBuilder<'_>, &Network, paceline_backend::Buf) -> paceline_backend::Buf| {
+    let fused = |norm: fn(&mut PlanBuilder<'_>, &Network, Buf) -> Buf| {
         let mut p = PlanBuilder::new(&[]);
         let features = p.input(bench.n_features());
         let ctx = p.matmul(features, &bench.network.fc);
@@ -196,7 +206,7 @@ fn fused_context_is_the_references() {
         let inputs = bench.golden.f32("features");
         let lanes = [memory.lane(seq, 0)];
         let step = Step { tokens: &[], inputs: &inputs, positions: &rows, lanes: &lanes, outputs: &rows };
-        max_difference(&bench.run(plan, &states, &step), &want, width).abs()
+        max_difference(&bench.run(plan, &states, &step).output, &want, width).abs()
     };
     let once = fused(|p, net, ctx| p.rms_norm(ctx, &net.hidden_norm, net.eps));
     let never = fused(|_, _, ctx| ctx);
@@ -243,14 +253,14 @@ fn context_that_passes_the_layers_own_norm_is_seen() {
 
 #[test]
 fn an_embedding_scaled_twice_is_seen() {
-    check(Change { ends: Ends::ScaledTwice, ..Change::default() }, |least, _| least > RED);
+    check(Change { ends: Altered::ScaledTwice, ..Change::default() }, |least, _| least > RED);
 }
 
 #[test]
 fn nothing_of_a_gemma_stays_for_the_next_target() {
     check_with(gemma_bench(), Change::default(), |_, greatest| greatest < TOLERANCE);
     let after = Bench::new("qwen35", "dflash");
-    assert_eq!((after.network.embd_scale, after.network.logit_cap), (1.0, None));
+    assert_eq!((after.network.ends.embd_scale, after.network.ends.logit_cap), (1.0, None));
     check_with(&after, Change::default(), |_, greatest| greatest < TOLERANCE);
 }
 
@@ -259,8 +269,61 @@ fn a_gemma_target_lends_its_scale_and_cap_once() {
     let check = |ends, is_right: fn(f32, f32) -> bool| {
         check_with(gemma_bench(), Change { ends, ..Change::default() }, is_right);
     };
-    check(Ends::Right, |_, greatest| greatest < TOLERANCE);
-    check(Ends::ScaledTwice, |least, _| least > RED);
-    check(Ends::Unscaled, |least, _| least > RED);
-    check(Ends::Uncapped, |least, _| least > RED);
+    check(Altered::Right, |_, greatest| greatest < TOLERANCE);
+    check(Altered::ScaledTwice, |least, _| least > RED);
+    check(Altered::Unscaled, |least, _| least > RED);
+    check(Altered::Uncapped, |least, _| least > RED);
+}
+
+#[test]
+fn scales_and_cap_of_its_own_replace_the_targets() {
+    let bench = gemma_bench2();
+    let (ends, theirs) = (bench.contract.ends, gemma_bench().contract.ends);
+    assert_eq!(ends, Ends { embd_scale: 5.0, logit_scale: 0.7, logit_cap: Some(2.5) });
+    assert!(theirs.embd_scale != 5.0 && theirs.logit_cap != Some(2.5) && theirs.logit_scale == 1.0);
+    let check = |ends, is_right: fn(f32, f32) -> bool| {
+        check_with(bench, Change { ends, ..Change::default() }, is_right);
+    };
+    check(Altered::Right, |_, greatest| greatest < TOLERANCE);
+    check(Altered::ScaledTwice, |least, _| least > RED);
+    check(Altered::Unscaled, |least, _| least > RED);
+    check(Altered::Uncapped, |least, _| least > RED);
+}
+
+/// The walk sees scaled and capped logits: without the cap, or with it in another place, others are chosen or chosen more
+/// surely.
+#[test]
+fn a_selector_walks_through_capped_logits() {
+    let bench = gemma_bench2();
+    let v2 = bench.contract.version2.as_ref().unwrap();
+    let (n_vocab, n_block) = (bench.golden.shape("point.0.logits")[1], bench.contract.n_block);
+    let points = bench.golden.i32("points");
+    let walk = |ends: Altered, at: usize| -> Vec<(Token, f32)> {
+        let (n, anchor) = (points[3 * at] as usize, points[3 * at + 1] as Token);
+        let out = bench.block(n, anchor, Change { ends, ..Change::default() });
+        let mut selector = Selector::load(&bench.weights, v2, n_vocab).unwrap();
+        let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let mut sampler = Sampler::new(params, n_vocab, Arc::default()).unwrap();
+        let mut before = anchor;
+        let rows = 0..n_block - 1;
+        let one = |row: usize| {
+            let (logits, state) = (out.output_row(row), out.taps_rows(row..row + 1));
+            let place = ((n + 1 + row) as u64, before);
+            let proposal = selector.propose(&mut sampler, place, logits, state).unwrap();
+            before = proposal.token;
+            (proposal.token, proposal.q.ln())
+        };
+        rows.map(one).collect()
+    };
+    for at in (0..points.len() / 3).filter(|at| points[3 * at + 2] as usize == n_block) {
+        let tokens = bench.golden.i32(&format!("point.{at}.path"));
+        let log_q = bench.golden.f32(&format!("point.{at}.path_log_q"));
+        let right = |got: &[(Token, f32)]| {
+            got.iter()
+                .zip(tokens.iter().zip(&log_q))
+                .all(|(got, want)| got.0 == *want.0 as Token && (got.1 - want.1).abs() < TOLERANCE)
+        };
+        assert!(right(&walk(Altered::Right, at)), "point {at}");
+        assert!(!right(&walk(Altered::Uncapped, at)), "point {at}, uncapped");
+    }
 }

@@ -66,6 +66,20 @@ fn drafts(parts: &Parts) -> Vec<Draft> {
     Rig::of("dflash", parts).drafts()
 }
 
+fn version2() -> Parts {
+    Parts::golden("dflash2")
+}
+
+/// Version 2 as forks call its tensors.
+fn fork_names(parts: Parts) -> Parts {
+    parts
+        .rename("_conv_base", "_conv.base")
+        .rename("_conv_proj", "_conv.proj")
+        .rename("selector_predecessor.weight", "selector.pred_codebook")
+        .rename("selector_successor.weight", "selector.succ_codebook")
+        .rename("selector_hidden", "selector.hidden_proj")
+}
+
 /// Both load, mean the same layers, and draft the same tokens, equally sure of them: a share of a vocabulary depends on its order of additions.
 fn check(parts: Parts, same_as: &Parts) {
     let (mut got, mut want) = (Rig::of("dflash", &parts), Rig::of("dflash", same_as));
@@ -129,6 +143,48 @@ fn keys_with_either_prefix_are_read() {
     check(upstream().unset("dflash.target_hidden_size"), &upstream());
     check(upstream().unset("dflash.target_hidden_size").set("dflash.n_target_features", 120u32), &upstream());
     check(upstream().unset("dflash.vocab_size"), &upstream());
+}
+
+#[test]
+fn version_2_files_of_both_dialects() {
+    let contract = Rig::of("dflash2", &version2()).drafter.contract();
+    assert_eq!(
+        contract,
+        "dflash: arch dflash, tensors fc, taps [1, 3, 6] (from 0), block 6, mask token 113, \
+         layers [full/8 full/8 full/8], rope base 1000000, embedding target's, head target's, \
+         convolution of 3 rows in groups of 5, selector of rank 6 among 7"
+    );
+    assert_eq!(Rig::of("dflash2", &version2()).red(), GREEN);
+    check(fork_names(version2()), &version2());
+    // It looks both ways unless its own dialect says otherwise.
+    check(version2().unset("dflash.attention.causal"), &version2());
+    // Forks have the names of their version 1 beside, and a flag that means nothing.
+    let arch = "dflash-draft";
+    let fork = |parts: Parts| {
+        with_ids(parts, arch, vec![1, 3, 6])
+            .rename("fc.weight", "dflash_fc.weight")
+            .rename("enc.output_norm", "dflash_hidden_norm")
+            .rename(".ffn_norm", ".post_attention_norm")
+            .set("dflash-draft.attention.causal", true)
+    };
+    check(fork(fork_names(version2())), &version2());
+    check(fork(version2()), &version2());
+    let nested = fork(version2()).move_keys("dflash-draft.selector_", "dflash-draft.dflash.selector_");
+    check(nested, &version2());
+}
+
+/// A factor that a file names takes the place of the target's, once.
+#[test]
+fn scales_of_the_files_own() {
+    let own = upstream().with(Parts::of(&Target::golden().file).tensor("token_embd.weight").clone());
+    let doubled = own.clone().edit("token_embd.weight", |values| values.iter_mut().for_each(|x| *x *= 2.0));
+    check(own.clone().set("dflash.embedding_scale", 2.0f32), &doubled);
+    assert_ne!(drafts(&doubled), drafts(&own));
+    let own = upstream().with(Parts::of(&Target::golden().file).tensor("output.weight").clone());
+    let halved = own.clone().edit("output.weight", |values| values.iter_mut().for_each(|x| *x *= 0.5));
+    check(own.clone().set("dflash.logit_scale", 0.5f32), &halved);
+    assert_ne!(drafts(&halved), drafts(&own));
+    assert_ne!(drafts(&own.clone().set("dflash.final_logit_softcapping", 2.0f32)), drafts(&own));
 }
 
 #[test]

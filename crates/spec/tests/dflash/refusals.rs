@@ -203,15 +203,11 @@ fn block_sizes() {
 fn other_variants_are_recognised_by_name() {
     let unsupported = |variant: &str| {
         format!(
-            "this is a {variant} drafter, which is not supported yet; use a DFlash v1 drafter of the same target, or \
-             go without"
+            "this is a {variant} drafter, which is not supported yet; use a DFlash or DFlash2 drafter of the same \
+             target, or go without"
         )
     };
     for (name, variant) in [
-        ("blk.0.attn_conv_base", "DFlash2"),
-        ("blk.0.attn_conv.base", "DFlash2"),
-        ("selector_predecessor.weight", "DFlash2"),
-        ("selector.pred_codebook", "DFlash2"),
         ("markov_w1.weight", "DSpark"),
         ("conf_proj.weight", "DSpark"),
         ("dflash_aux_hidden_norm.0", "Laguna DFlash"),
@@ -224,17 +220,119 @@ fn other_variants_are_recognised_by_name() {
     for (key, value, variant) in [
         ("dflash.hyper_connection.count", 4.0f32, "DeepSeek DSpark (hyper_connection.count 4)"),
         ("dflash-draft.dflash.backbone_rotary_base", 1e4, "MiMo DFlash (backbone_rotary_base 10000)"),
-        ("dflash.final_logit_softcapping", 30.0, "Gemma 4 DFlash (final_logit_softcapping 30)"),
-        ("dflash.embedding_scale", 73.5, "Gemma 4 DFlash (embedding_scale 73.5)"),
-        ("dflash.logit_scale", 0.196, "Muse-Glimmer DFlash (logit_scale 0.196)"),
     ] {
         check(set(key, value), unsupported(variant));
     }
-    let arch = "gemma4-dflash-draft";
-    let gemma = upstream().move_keys("dflash.", &format!("{arch}.")).set("general.architecture", arch);
+}
+
+#[test]
+fn scales_and_caps_that_are_none() {
+    for (key, value) in [("embedding_scale", 0.0f32), ("logit_scale", -0.5), ("logit_scale", f32::INFINITY)] {
+        let want = format!("{key}: expected a positive number, found {value}{RECONVERT}");
+        check(set(&format!("dflash.{key}"), value), want);
+    }
+    for value in [-30.0f32, f32::INFINITY] {
+        check(
+            set("dflash.final_logit_softcapping", value),
+            format!("final_logit_softcapping: expected a positive number, found {value}{RECONVERT}"),
+        );
+    }
+}
+
+fn version2() -> Parts {
+    Parts::golden("dflash2")
+}
+
+#[test]
+fn what_version_2_needs() {
+    for (key, expected, none, bad) in [
+        ("conv_kernel_size", "2 to 16", "no such key", 1u32),
+        ("conv_group_size", "a divisor of 40 (embedding_length)", "no such key", 7),
+        ("selector_rank", "at least 1", "no such key", 0),
+        ("selector_top_k", "1 to 131", "no such key", 132),
+    ] {
+        let name = format!("dflash.{key}");
+        let want = |found: &str| format!("{key}: expected {expected}, found {found}{RECONVERT}");
+        check(version2().unset(&name), want(none));
+        check(version2().set(&name, bad), want(&bad.to_string()));
+        // A key says that there ought to be more.
+        check(
+            set(&name, 2u32),
+            format!(
+                "tensors: expected those of DFlash2, as there is `{key}`, found those of DFlash v1 alone{CONTRADICTS}"
+            ),
+        );
+    }
+    for (key, n, want) in [
+        (
+            "conv_kernel_size",
+            2u32,
+            "tensor `blk.0.attn_conv_base`: expected shape [40, 2, 2] (n_embd, conv_kernel_size, sides), found [40, 3, 2]",
+        ),
+        (
+            "conv_group_size",
+            8,
+            "tensor `blk.0.attn_conv_proj.weight`: expected shape [40, 30] (n_embd, sides·conv_kernel_size·groups), \
+             found [40, 48]",
+        ),
+        (
+            "selector_rank",
+            5,
+            "tensor `selector_hidden.weight`: expected shape [40, 5] (n_embd, selector_rank), found [40, 6]",
+        ),
+    ] {
+        check(version2().set(&format!("dflash.{key}"), n), want);
+    }
+}
+
+#[test]
+fn a_missing_or_extra_tensor_of_version_2_is_named() {
+    let of_version_2 = |name: &&String| name.contains("_conv_") || name.starts_with("selector_");
+    let parts = version2();
+    let names: Vec<&String> = parts.tensors.iter().map(|t| &t.name).filter(of_version_2).collect();
+    assert_eq!(names.len(), 4 * 3 + 3);
+    for name in names {
+        let error = Target::golden().load(version2().without(name).file()).err().expect(name).to_string();
+        assert!(error.starts_with(&format!("drafter.gguf: tensor `{name}`: expected")), "{error}");
+    }
     check(
-        gemma.set(&format!("{arch}.final_logit_softcapping"), 30.0f32),
-        unsupported("Gemma 4 DFlash (final_logit_softcapping 30)"),
+        version2().with(tensor("blk.1.attn_conv.weight", 40)),
+        format!(
+            "tensors: expected those of a DFlash2 drafter of 3 layers, found also blk.1.attn_conv.weight{NOT_ALONE}"
+        ),
+    );
+    // A layer more than the file counts.
+    check(
+        version2().with(tensor("blk.3.ffn_conv_base", 40)),
+        format!(
+            "tensors: expected those of a DFlash2 drafter of 3 layers, found also blk.3.ffn_conv_base{NOT_ALONE}"
+        ),
+    );
+    let ids: Vec<u8> = (0..131i64).flat_map(i64::to_le_bytes).collect();
+    let map = Tensor { name: "d2t".into(), shape: vec![131], ty: GgmlType::I64, data: ids };
+    let head = Tensor::f32("output.weight", &[40, 131], &[0.1; 5240]);
+    check(
+        version2().with(map).with(head),
+        format!(
+            "tensor `d2t`: expected none in a drafter with a selector, whose tables have a row for each token, found \
+             one{RECONVERT}"
+        ),
+    );
+}
+
+#[test]
+fn two_dialects_of_version_2_in_one_file() {
+    let mixed = |from: &str, to: &str, found: &str| {
+        check(
+            version2().rename(from, to),
+            format!("tensor names of version 2: expected one dialect, found {found}{CONTRADICTS}"),
+        );
+    };
+    mixed("blk.2.ffn_conv_base", "blk.2.ffn_conv.base", "blk.0.attn_conv_base and blk.2.ffn_conv.base");
+    mixed(
+        "selector_hidden.weight",
+        "selector.hidden_proj.weight",
+        "blk.0.attn_conv_base and selector.hidden_proj.weight",
     );
 }
 

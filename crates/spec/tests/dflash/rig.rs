@@ -346,12 +346,22 @@ impl Rig {
         logits.chunks_exact(N_VOCAB).skip(1).map(<[f32]>::to_vec).collect()
     }
 
+    /// What the reference drafts at a point: tokens, and the logs of their probabilities.
+    pub fn path(&self, point: Point) -> Vec<(u32, f32)> {
+        let name = format!("point.{}.path", point.index);
+        if !self.golden.has(&name) {
+            return self.reference(point).iter().map(|row| likeliest(row)).collect();
+        }
+        let tokens = self.golden.i32(&name).into_iter().map(|token| token as u32);
+        tokens.zip(self.golden.f32(&format!("{name}_log_q"))).collect()
+    }
+
     /// Where drafts and reference part: sizes of context of the points that are red.
     pub fn red(&mut self) -> Vec<usize> {
         let points = self.points();
         let drafts: Vec<Draft> = self.drafts();
         let differs =
-            |(point, draft): (&Point, Draft)| (!agrees(&draft, &self.reference(*point))).then_some(point.n);
+            |(point, draft): (&Point, Draft)| (!follows(&draft, &self.path(*point))).then_some(point.n);
         points.iter().zip(drafts).filter_map(differs).collect()
     }
 }
@@ -366,14 +376,14 @@ pub fn likeliest(row: &[f32]) -> (u32, f32) {
 
 /// True if a draft is what the logits say, within the tolerance of the goldens: 5e-4.
 pub fn agrees(draft: &Draft, logits: &[Vec<f32>]) -> bool {
-    let want: Vec<(u32, f32)> = logits.iter().map(|row| likeliest(row)).collect();
+    follows(draft, &logits.iter().map(|row| likeliest(row)).collect::<Vec<_>>())
+}
+
+/// True if a draft is these tokens with these logs of probabilities, within that tolerance.
+pub fn follows(draft: &Draft, want: &[(u32, f32)]) -> bool {
+    let got = draft.tokens.iter().zip(&draft.q);
     draft.tokens.len() == want.len()
-        && draft
-            .tokens
-            .iter()
-            .zip(&draft.q)
-            .zip(want)
-            .all(|((&token, q), (want, log_q))| token == want && (q.ln() - log_q).abs() < 5e-4)
+        && got.zip(want).all(|((token, q), (want, log_q))| token == want && (q.ln() - log_q).abs() < 5e-4)
 }
 
 /// A random drafter, upstream dialect, F32, of width 256 so that every type fits its rows.

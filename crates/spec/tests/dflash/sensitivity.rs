@@ -3,7 +3,7 @@
 
 use paceline_testkit::Golden;
 
-use crate::rig::{BLOCK, GREEN, MASK, N_VOCAB, Parts, Rig, agrees, draft};
+use crate::rig::{BLOCK, GREEN, MASK, N_VOCAB, Parts, Rig, Tensor, agrees, draft, follows};
 
 fn upstream() -> Parts {
     Parts::golden("dflash")
@@ -159,5 +159,139 @@ fn a_block_that_was_left_behind() {
         }]);
         let got = draft(&mut *rig.drafter, &[(seq, point.n, point.anchor)], BLOCK - 1, N_VOCAB).remove(0);
         assert!(!agrees(&got, &rig.reference(point)), "{point:?}");
+    }
+}
+
+/// What version 2 adds, each part of it wrong on purpose.
+#[test]
+fn convolutions_that_differ() {
+    let right = || Parts::golden("dflash2");
+    let red = |parts: Parts| red("dflash2", &parts, |_| {});
+    assert_eq!(red(right()), GREEN);
+    let (n_embd, n_tap, n_group) = (40, 3, 8);
+    let convs = || (0..3).flat_map(|il| ["attn", "ffn"].map(|part| format!("blk.{il}.{part}_conv")));
+    // `index` of a value in its place gives the place that it is taken from.
+    let moved = |part: &str, width: usize, index: &dyn Fn(usize) -> usize| {
+        convs().fold(right(), |parts, conv| {
+            parts.edit(&format!("{conv}_{part}"), |values| {
+                let rows: Vec<Vec<f32>> = values.chunks_exact(width).map(<[f32]>::to_vec).collect();
+                for (at, row) in values.chunks_exact_mut(width).enumerate() {
+                    row.copy_from_slice(&rows[index(at)]);
+                }
+            })
+        })
+    };
+    let base = |index: &dyn Fn(usize) -> usize| moved("base", n_embd, index);
+    let proj = |index: &dyn Fn(usize) -> usize| moved("proj.weight", n_embd, index);
+    assert_eq!(red(base(&|row| row / n_tap * n_tap + (n_tap - 1 - row % n_tap))), ALL, "taps in reverse");
+    assert_eq!(red(base(&|row| (row + n_tap) % (2 * n_tap))), ALL, "sides of the common kernels swapped");
+    assert_eq!(red(base(&|row| row % 2 * n_tap + row / 2)), ALL, "sides and taps transposed");
+    // [n_embd, n_tap] read as [n_tap, n_embd].
+    let transposed = moved("base", 1, &|at| {
+        let (side, at) = (at / (n_tap * n_embd), at % (n_tap * n_embd));
+        side * n_tap * n_embd + at % n_embd * n_tap + at / n_embd
+    });
+    assert_eq!(red(transposed), ALL, "channels and taps transposed");
+    let delta = |at: usize| (at / (n_tap * n_group), at / n_group % n_tap, at % n_group);
+    let place = |side: usize, tap: usize, group: usize| (side * n_tap + tap) * n_group + group;
+    let swapped = |at: usize| {
+        let (side, tap, group) = delta(at);
+        place(1 - side, tap, group)
+    };
+    assert_eq!(red(proj(&swapped)), ALL, "sides of a row's own kernels swapped");
+    let grouped = |at: usize| {
+        let (side, tap, group) = delta(at);
+        side * n_tap * n_group + group * n_tap + tap
+    };
+    assert_eq!(red(proj(&grouped)), ALL, "groups and taps transposed");
+    let early = |at: usize| {
+        let (side, tap, group) = delta(at);
+        place(side, (tap + 1) % n_tap, group)
+    };
+    assert_eq!(red(proj(&early)), ALL, "a row's own kernels one tap off");
+    let without_past = convs().fold(right(), |parts, conv| {
+        parts
+            .edit(&format!("{conv}_base"), |values| {
+                values
+                    .chunks_exact_mut(n_embd)
+                    .enumerate()
+                    .filter(|(at, _)| at % n_tap > 0)
+                    .for_each(|(_, row)| row.fill(0.0));
+            })
+            .edit(&format!("{conv}_proj.weight"), |values| {
+                let rows = values.chunks_exact_mut(n_embd).enumerate();
+                rows.filter(|(at, _)| delta(*at).1 > 0).for_each(|(_, row)| row.fill(0.0));
+            })
+    });
+    assert_eq!(red(without_past), ALL, "rows that look at themselves alone");
+    let exchanged =
+        right().rename("attn_conv", "x").rename("ffn_conv", "attn_conv").rename(".x_", ".ffn_conv_");
+    assert_eq!(red(exchanged), ALL, "convolutions of attention and feed-forward exchanged");
+}
+
+#[test]
+fn masks_and_windows_of_version_2() {
+    let red = |key: &str, value: paceline_gguf::Value| {
+        red("dflash2", &Parts::golden("dflash2").set(key, value), |_| {})
+    };
+    assert_eq!(red("dflash.attention.causal", true.into()), ALL);
+    for window in [7u32, 9] {
+        assert_eq!(red("dflash.attention.sliding_window", window.into()), BEYOND_WINDOW, "window {window}");
+    }
+}
+
+#[test]
+fn selectors_that_differ() {
+    let right = || Parts::golden("dflash2");
+    let red = |parts: Parts| red("dflash2", &parts, |_| {});
+    let (a, b) = ("selector_predecessor", "selector_successor");
+    assert_eq!(
+        red(right().rename(a, "x").rename(b, a).rename("x.weight", &format!("{b}.weight"))),
+        ALL,
+        "tables swapped"
+    );
+    let none = right().edit("selector_hidden.weight", |values| values.fill(0.0));
+    assert_eq!(red(none), ALL, "no selector");
+    for n_top in [1u32, 6, 8] {
+        assert_eq!(red(right().set("dflash.selector_top_k", n_top)), ALL, "{n_top} candidates");
+    }
+    let next = right().edit(&format!("{a}.weight"), |values| values.rotate_left(6));
+    assert_eq!(red(next), ALL, "tables of the next token");
+    // The walk worked out from the reference's rows: as it is meant, and as it is not.
+    let values = |name: &str| Tensor::values(right().tensor(name));
+    let (a, b, p) = (
+        values("selector_predecessor.weight"),
+        values("selector_successor.weight"),
+        values("selector_hidden.weight"),
+    );
+    let rig = Rig::new("dflash2");
+    let walks = |point, before_is_anchor: bool, late: usize| {
+        let logits = rig.reference(point);
+        let states = rig.golden.f32(&format!("point.{}.final_norm", point.index));
+        let mut before = point.anchor;
+        let mut path = Vec::new();
+        for (i, row) in logits.iter().enumerate() {
+            let state = &states[(i + 1 - late) * 40..][..40];
+            let hidden = p.chunks_exact(40).map(|w| w.iter().zip(state).map(|(w, x)| w * x).sum::<f32>());
+            let gate: Vec<f32> = hidden.zip(&a[before as usize * 6..]).map(|(h, a)| h * a).collect();
+            let mut order: Vec<usize> = (0..N_VOCAB).collect();
+            order.sort_by(|&x, &y| row[y].total_cmp(&row[x]));
+            let pair = |c: usize| gate.iter().zip(&b[c * 6..]).map(|(g, b)| g * b).sum::<f32>();
+            let scores: Vec<f32> = order[..7].iter().map(|&c| row[c] + pair(c)).collect();
+            let (at, log_q) = crate::rig::likeliest(&scores);
+            path.push((order[at as usize] as u32, log_q));
+            before = if before_is_anchor { point.anchor } else { order[at as usize] as u32 };
+        }
+        let draft = paceline_spec::Draft {
+            tokens: path.iter().map(|(token, _)| *token).collect(),
+            q: path.iter().map(|(_, log_q)| log_q.exp()).collect(),
+            fault: None,
+        };
+        follows(&draft, &rig.path(point))
+    };
+    for point in rig.points() {
+        assert!(walks(point, false, 0), "{point:?}");
+        assert!(!walks(point, true, 0), "{point:?}: pairs with the anchor alone");
+        assert!(!walks(point, false, 1), "{point:?}: states of the row before");
     }
 }

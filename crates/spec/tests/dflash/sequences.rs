@@ -28,8 +28,8 @@ fn feed(rig: &mut Rig, moved: &[(Live, usize)]) {
 }
 
 /// What a drafter that has done nothing else says behind the same rows.
-fn fresh(parts: &Parts, live: Live, anchor: u32) -> Draft {
-    let mut rig = Rig::of("dflash", parts);
+fn fresh(name: &str, parts: &Parts, live: Live, anchor: u32) -> Draft {
+    let mut rig = Rig::of(name, parts);
     let seq = rig.ids.create();
     feed(&mut rig, &[(Live { seq, n: 0, ..live }, live.n)]);
     draft(&mut *rig.drafter, &[(seq, live.n, anchor)], BLOCK - 1, N_VOCAB).remove(0)
@@ -37,13 +37,18 @@ fn fresh(parts: &Parts, live: Live, anchor: u32) -> Draft {
 
 #[test]
 fn any_history_drafts_as_a_fresh_drafter() {
-    let parts = Parts::golden("dflash");
+    any_history("dflash");
+    any_history("dflash2");
+}
+
+fn any_history(name: &str) {
+    let parts = Parts::golden(name);
     let mut known: HashMap<(usize, usize, u32), Draft> = HashMap::new();
-    let (mut n_drafts, mut n_forgotten) = (0, 0);
+    let (mut n_drafts, mut n_forgotten, mut n_fork) = (0, 0, 0);
     for seed in 0..12 {
         let _seeded = Seeded::new("histories", seed);
         let mut rng = Rng::new(seed);
-        let mut rig = Rig::of("dflash", &parts);
+        let mut rig = Rig::of(name, &parts);
         let mut all: Vec<Live> = Vec::new();
         for _ in 0..40 {
             match rng.range(0..10) {
@@ -58,7 +63,24 @@ fn any_history_drafts_as_a_fresh_drafter() {
                     rig.drafter.forget(gone.seq);
                     n_forgotten += 1;
                 }
-                3..6 => {
+                3 if !all.is_empty() => {
+                    // Another goes on from some of its rows, at times after some time as bytes.
+                    let from = *rng.pick(&all);
+                    let (mut to, n) = (Live { seq: rig.ids.create(), ..from }, rng.range(1..from.n + 1));
+                    to.n = n;
+                    assert!(rig.drafter.fork(from.seq, to.seq, n));
+                    if rng.chance(0.5) {
+                        let bytes = rig.drafter.export(to.seq).unwrap();
+                        rig.drafter.forget(to.seq);
+                        to.seq = rig.ids.create();
+                        rig.drafter.import(to.seq, n, &bytes).unwrap();
+                    }
+                    let at = rng.range(0..all.len());
+                    rig.drafter.forget(all[at].seq);
+                    all[at] = to;
+                    n_fork += 1;
+                }
+                4..6 => {
                     // As after a verification: one step, some of the sequences, some rows each.
                     let mut moved = Vec::new();
                     for live in &mut all {
@@ -79,7 +101,7 @@ fn any_history_drafts_as_a_fresh_drafter() {
                     for (live, got) in asked.iter().zip(drafts) {
                         let want = known
                             .entry((live.offset, live.n, anchor))
-                            .or_insert_with(|| fresh(&parts, *live, anchor));
+                            .or_insert_with(|| fresh(name, &parts, *live, anchor));
                         let n = n_max.min(BLOCK - 1);
                         assert_eq!((&got.tokens[..], &got.q[..]), (&want.tokens[..n], &want.q[..n]));
                         n_drafts += 1;
@@ -91,7 +113,7 @@ fn any_history_drafts_as_a_fresh_drafter() {
         all.iter().for_each(|live| rig.drafter.forget(live.seq));
         assert_eq!(rig.drafter.state_bytes(), 0);
     }
-    assert!(n_drafts > 300 && n_forgotten > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
+    assert!(n_drafts > 300 && n_forgotten > 10 && n_fork > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
 }
 
 #[test]

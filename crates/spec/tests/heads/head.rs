@@ -42,7 +42,12 @@ struct Rig {
 
 impl Rig {
     fn of(parts: &Parts) -> Rig {
-        let golden = Golden::open("qwen35-mtp");
+        Rig::at("qwen35-mtp", parts)
+    }
+
+    /// `parts` against this golden.
+    fn at(golden: &str, parts: &Parts) -> Rig {
+        let golden = Golden::open(golden);
         let shape = golden.shape("final_norm");
         Rig {
             drafter: load(&target(parts), 4096).unwrap_or_else(|error| panic!("{error}")),
@@ -104,6 +109,9 @@ fn golden() -> Parts {
     Parts::golden("qwen35-mtp")
 }
 
+/// The same with experts in target and head.
+const MOE: &str = "qwen35moe-mtp";
+
 const GREEN: [usize; 0] = [];
 const ALL: [usize; 7] = [1, 2, 3, 16, 17, 40, 75];
 
@@ -111,6 +119,7 @@ const ALL: [usize; 7] = [1, 2, 3, 16, 17, 40, 75];
 fn drafts_are_the_references() {
     let mut rig = Rig::of(&golden());
     assert_eq!(rig.red(0), GREEN);
+    assert_eq!(Rig::at(MOE, &Parts::golden(MOE)).red(0), GREEN, "a head with experts");
     assert_eq!(
         rig.drafter.contract(),
         "draft-mtp: blk.4 of the target, state behind its final norm, embedding target's, head target's, norm own"
@@ -120,14 +129,20 @@ fn drafts_are_the_references() {
 /// Not the reference's states but those that the target computes here, in pieces.
 #[test]
 fn drafts_from_the_targets_own_states_are_the_references() {
-    let target = target(&golden());
+    from_its_own_states("qwen35-mtp");
+    from_its_own_states(MOE);
+}
+
+fn from_its_own_states(name: &str) {
+    let parts = Parts::golden(name);
+    let target = target(&parts);
     let mut p = PlanBuilder::new(&[Tap::FinalNorm]);
     let logits = target.model.record(&mut p);
     let config = StateConfig { n_tentative_max: 1, ..STATES };
     let states = target.backend.alloc_states(target.model.states(), config).unwrap();
     let mut exec = target.backend.compile(Arc::new(p.finish(Some(logits))), &states).unwrap();
     let mut memory = Memory::new(states, 4096);
-    let mut rig = Rig::of(&golden());
+    let mut rig = Rig::at(name, &parts);
     let seq = memory.create();
     let mut out = StepOut::default();
     rig.states.clear();
@@ -170,6 +185,24 @@ fn each_mistake_is_seen() {
     // All positions move by one, which changes nothing, but the first row is missing.
     let red = Rig::of(&golden()).red(1);
     assert!(red.len() >= 4 && red.starts_with(&[2, 3]), "a row of the mirror missing: {red:?}");
+}
+
+#[test]
+fn each_mistake_in_the_experts_of_a_head_is_seen() {
+    let right = || Parts::golden(MOE);
+    let red = |parts: Parts| Rig::at(MOE, &parts).red(0);
+    let block = |part: &str| format!("blk.4.{part}.weight");
+    // Per expert 20 rows of 44.
+    let shifted = right().edit(&block("ffn_up_exps"), |values| values.rotate_left(20 * 44));
+    assert_eq!(red(shifted), ALL, "the next expert's");
+    let swapped =
+        right().rename("blk.4.ffn_gate_exps", "x").rename("blk.4.ffn_up_exps", "blk.4.ffn_gate_exps");
+    assert_eq!(red(swapped.rename("x.weight", &block("ffn_up_exps"))), ALL, "gate and up swapped");
+    assert_eq!(red(right().set("qwen35moe.expert_used_count", 3u32)).len(), 7, "an expert less");
+    let closed = right().edit(&block("ffn_down_shexp"), |values| values.fill(0.0));
+    assert_eq!(red(closed), ALL, "without the shared expert");
+    let open = right().edit(&block("ffn_gate_inp_shexp"), |values| values.fill(0.0));
+    assert_eq!(red(open), ALL, "without the shared expert's gate");
 }
 
 #[test]
