@@ -328,10 +328,12 @@ fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1)?);
     let model = paceline_models::load(&target_file, &backend)?;
     crate::load::check_pair(&target_file, &target_vocab(&target_file)?, file)?;
+    let target_states = backend.alloc_states(model.states(), StateConfig::default())?;
     let drafter = paceline_spec::load(&LoadDrafter {
         file: file.clone(),
         backend: &backend,
         target: &*model,
+        target_states: &target_states,
         states: StateConfig::default(),
         n_cell_max: 0,
         n_draft_max: None,

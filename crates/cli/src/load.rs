@@ -11,7 +11,7 @@
 use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{Backend, KvTypes, PlanBuilder, StateConfig, StateDecl, States, cpu::CpuBackend};
 use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -155,11 +155,14 @@ impl Loaded {
         let page_len = StateConfig::default().page_len;
         // A fork of a sequence copies a page before it writes into it.
         let per_slot = (sizes.n_ctx + N_BLOCK_MAX + page_len).next_multiple_of(page_len);
+        let has_drafters = with_drafter && !self.drafters.is_empty();
+        let states = self.target_states(if has_drafters { sizes.n_draft_max } else { 0 })?;
         let load = |(kind, file): &(&'static DrafterKind, Arc<Gguf>)| {
             (kind.load)(&LoadDrafter {
                 file: file.clone(),
                 backend: &self.backend,
                 target: &*self.model,
+                target_states: &states,
                 states: StateConfig { kv: sizes.kv_draft, ..StateConfig::default() },
                 n_cell_max: per_slot * sizes.n_slot,
                 n_draft_max: sizes.n_draft_wanted,
@@ -172,9 +175,6 @@ impl Loaded {
         let mut plan = PlanBuilder::new(taps.taps());
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
-        let config =
-            StateConfig { kv: sizes.kv, n_tentative_max: n_draft_max.max(1), ..StateConfig::default() };
-        let states = self.backend.alloc_states(self.model.states(), config)?;
         let exec = self.backend.compile(plan, &states)?;
         // A slot's last page is never shared with another slot, and tentative rows come on top.
         let room = (n_draft_max + 1 + page_len).next_multiple_of(page_len);
@@ -193,6 +193,14 @@ impl Loaded {
         let start = Instant::now();
         let engine = Engine::new(target, drafters, self.tokenizer.vocab().clone(), config);
         Ok(engine.with_clock(Box::new(move || start.elapsed())))
+    }
+
+    /// Where sequences of the target keep their states, with at most so many drafted rows of each in a step. It exists before
+    /// the drafters, of which some read it, and so before it is known that all of them draft less.
+    pub fn target_states(&self, n_draft_max: usize) -> Result<Arc<dyn States>> {
+        let n_tentative_max = n_draft_max.max(1);
+        let config = StateConfig { kv: self.sizes.kv, n_tentative_max, ..StateConfig::default() };
+        Ok(self.backend.alloc_states(self.model.states(), config)?)
     }
 
     /// An engine that drafts as much as pays, or at full length if the flags say so.

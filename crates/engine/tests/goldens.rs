@@ -138,14 +138,16 @@ fn answers(
 ) -> Vec<Answered> {
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
     let model = paceline_models::load(target, &backend).unwrap();
-    let states = StateConfig { page_len: 16, ..StateConfig::default() };
+    let config = StateConfig { page_len: 16, ..StateConfig::default() };
+    let states = backend.alloc_states(model.states(), config).unwrap();
     let drafter = known.map(|known| {
         let file = random_drafter(&*model, taps);
         let load = LoadDrafter {
             file,
             backend: &backend,
             target: &*model,
-            states,
+            target_states: &states,
+            states: config,
             n_cell_max: 1 << 14,
             n_draft_max: None,
         };
@@ -155,7 +157,6 @@ fn answers(
     let mut p = PlanBuilder::new(drafter.as_ref().map_or(&[], |drafter| drafter.taps()));
     let logits = model.record(&mut p);
     let plan = Arc::new(p.finish(Some(logits)));
-    let states = backend.alloc_states(model.states(), states).unwrap();
     let exec = backend.compile(plan, &states).unwrap();
     let vocab = Arc::new(Vocab::from_metadata(target.metadata()).unwrap());
     let target = Target { exec, memory: Memory::new(states, 1 << 14), n_vocab: model.hparams().n_vocab };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, StateConfig};
+use paceline_backend::{Backend, StateConfig, States};
 use paceline_gguf::Gguf;
 use paceline_models::{ARCHS, Model};
 
@@ -111,7 +111,9 @@ pub struct LoadDrafter<'a> {
     pub backend: &'a Arc<dyn Backend>,
     /// The target.
     pub target: &'a dyn Model,
-    /// How its KV is stored.
+    /// Where the target's sequences keep their states, for drafters that look at them.
+    pub target_states: &'a Arc<dyn States>,
+    /// How its own KV is stored.
     pub states: StateConfig,
     /// Most cells that its memory may hold over all sequences.
     pub n_cell_max: usize,

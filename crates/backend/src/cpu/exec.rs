@@ -8,7 +8,7 @@ use paceline_kernels::{
     packed::{PackedTable, QuantRows, RowWriter},
 };
 
-use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, LaneCells, Op, Plan, Rows, Step, StepOut, WeightId};
 
 use super::{
     moe::Groups,
@@ -36,6 +36,8 @@ pub(super) struct Kernels {
 /// A plan on the CPU. One serves every number of rows.
 pub(super) struct CpuExec {
     plan: Arc<Plan>,
+    /// What lanes must have pages for.
+    cells: LaneCells,
     tasks: Vec<Task>,
     waves: Vec<Wave>,
     states: CpuStates,
@@ -290,6 +292,7 @@ impl CpuExec {
             waves.push(Wave { tasks: first..tasks.len(), fills, groups });
         }
         CpuExec {
+            cells: plan.lane_cells(),
             plan,
             tasks,
             waves,
@@ -317,7 +320,7 @@ impl CpuExec {
 impl Exec for CpuExec {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
         let config = crate::States::config(&self.states);
-        step.check(config.page_len);
+        step.check(config.page_len, self.cells);
         let plan = &*self.plan;
         let sizes = plan.arena_width.into_iter().zip([step.n_rows(), step.outputs.len()]);
         for (arena, (width, n)) in self.arenas.iter_mut().zip(sizes) {

@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
-use paceline_backend::{Exec, Plan, PlanBuilder, PlanWork, StateConfig, Step, StepOut, Tap};
+use paceline_backend::{Exec, Lane, Plan, PlanBuilder, PlanWork, States, Step, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::{Drafter, Kept};
 
@@ -27,14 +27,11 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these states tapped.
-    pub fn new(loaded: &Loaded, taps: &[Tap], n_cell: usize, n_row_max: usize) -> Result<Rig> {
+    /// A rig for `n_cell` tokens of context in `states`, with these hidden states tapped.
+    pub fn new(loaded: &Loaded, states: Arc<dyn States>, taps: &[Tap], n_cell: usize) -> Result<Rig> {
         let mut plan = PlanBuilder::new(taps);
         let logits = loaded.model.record(&mut plan);
         let plan: Arc<Plan> = Arc::new(plan.finish(Some(logits)));
-        let config =
-            StateConfig { kv: loaded.sizes.kv, n_tentative_max: n_row_max, ..StateConfig::default() };
-        let states = loaded.backend.alloc_states(loaded.model.states(), config)?;
         let exec = loaded.backend.compile(plan.clone(), &states)?;
         Ok(Rig {
             exec,
@@ -70,6 +67,11 @@ impl Rig {
             self.memory.commit(seq, n);
         }
         Ok((seq, seconds))
+    }
+
+    /// What a sequence has committed, for a drafter to look at.
+    pub fn past(&self, seq: SeqId) -> Lane<'_> {
+        self.memory.past(seq)
     }
 
     /// Forgets a sequence.
