@@ -244,7 +244,8 @@ impl Loaded {
         let mut engine = self.engine(true)?;
         line.finish_and_clear();
         let (sizes, hp) = (&self.sizes, self.model.hparams());
-        let memory = MemoryNeed::new(self.model.states(), sizes.kv, engine.config().n_draft_max);
+        let n_tentative = if engine.drafters().is_empty() { 0 } else { sizes.n_draft_max };
+        let memory = MemoryNeed::new(self.model.states(), sizes.kv, n_tentative);
         info!("{}", self.backend.describe());
         info!(
             "target: {}, {}, {} layers, {} weights in {}",
@@ -405,6 +406,9 @@ fn drafters(
     let mut drafters = Vec::with_capacity(kinds.len());
     let mut left = file;
     for kind in kinds {
+        // A head may be in the target's file or in its own: both go by one name.
+        let own = left.as_ref().and_then(|file| kind_of(file).ok());
+        let kind = own.filter(|own| own.aliases.contains(&kind.name)).unwrap_or(kind);
         if !kind.needs_file() {
             drafters.push((kind, target.clone()));
             continue;

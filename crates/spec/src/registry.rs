@@ -47,7 +47,7 @@ impl DrafterKind {
 
 /// Every drafter; to add one, write its file and add its line.
 pub const DRAFTERS: &[DrafterKind] =
-    &[crate::dflash::KIND, crate::mtp::KIND, crate::small::KIND, crate::ngram::KIND];
+    &[crate::dflash::KIND, crate::mtp::KIND, crate::assistant::KIND, crate::small::KIND, crate::ngram::KIND];
 
 /// Kinds that users of other servers know, and why they are refused.
 const REFUSED: &[(&[&str], &str)] = &[
