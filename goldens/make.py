@@ -391,10 +391,10 @@ ASSISTANTS = {
     # As that of the 31B. Twice as many query heads as the target has.
     "gemma4-assistant": ("gemma4", lambda target: assistant(
         target, "ssf", hidden_size=36, intermediate_size=50, num_attention_heads=12), 402),
-    # As that of E2B, with a head that ranks 3 of 7 groups of 19 tokens; the last layer slides.
+    # As that of E2B, with a head that ranks 3 of 7 groups of 19 tokens. (The last layer must be a full one.)
     "gemma4-e-assistant": ("gemma4-e", lambda target: assistant(
-        target, "sfs", hidden_size=28, intermediate_size=46, num_attention_heads=5, use_ordered_embeddings=True,
-        num_centroids=7, centroid_intermediate_top_k=3), 405),
+        target, "sff", hidden_size=28, intermediate_size=46, num_attention_heads=5, use_ordered_embeddings=True,
+        num_centroids=7, centroid_intermediate_top_k=3), 407),
 }
 
 # Points of the sequence at which the assistant drafts: (committed tokens, anchor or None for the sequence's own token).

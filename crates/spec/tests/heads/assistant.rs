@@ -282,7 +282,7 @@ fn drafts_are_the_references() {
     assert_eq!(rig.red(), GREEN);
     assert_eq!(
         rig.drafter.contract(),
-        "gemma4-assistant: layers [sliding/11 of 5, full of 4, sliding/11 of 5], state behind the target's final norm (40), \
+        "gemma4-assistant: layers [sliding/11 of 5, full of 4, full of 4], state behind the target's final norm (40), \
          one position a draft, head of the best 3 of 7 groups of 19 tokens, drafts of 4"
     );
 }
