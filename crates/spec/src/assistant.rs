@@ -36,7 +36,9 @@ use paceline_models::{
     blocks::{Attention, AttentionShape, Sandwich, SandwichShape, Values},
 };
 
-use crate::{Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin};
+use crate::{
+    Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::known,
+};
 
 /// The registry entry.
 pub const KIND: DrafterKind = DrafterKind {
@@ -550,7 +552,9 @@ impl Drafter for Assistant {
                 let position = (request.position + n_drafted + 1) as u64;
                 chain.state.clear();
                 chain.state.extend_from_slice(self.out.taps_rows(row..row + 1));
-                let proposed = request.sampler.propose(position, self.logits(row));
+                // The step's own summary of a row is of all tokens, or of no use.
+                let known = if self.groups.is_none() { known(&self.out, row) } else { None };
+                let proposed = request.sampler.propose_known(position, self.logits(row), known);
                 row += 1;
                 match proposed {
                     Ok(proposal) => {
