@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
-from transformers import (Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
+from transformers import (Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4ForCausalLM, Gemma4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM,
                           Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
                           Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM)
 
@@ -368,12 +368,123 @@ def make_head(name, seed, target, tokens, norm):
     print(f"{name}: {len(rows)} points, smallest lead of a choice {gap:.3f}")
 
 
+def sharing(config):
+    """Which layers own, keep and read keys and values. The library's reading (5.23.0) refuses a model of readers only, and
+    keeps nothing for others in a target without readers."""
+    first = config.num_hidden_layers - config.num_kv_shared_layers
+    modes = [None] * first + ["reuse"] * config.num_kv_shared_layers
+    for kind in set(config.layer_types):
+        owners = [il for il in range(first) if config.layer_types[il] == kind]
+        if owners:
+            modes[owners[-1]] = "store"
+    return modes
+
+
+Gemma4TextConfig.kv_sharing_modes = property(sharing)
+
+
+def assistant(target, kinds, **extra):
+    """`kinds` as of `gemma4`. Heads and rotations are the target's, or queries would not fit its keys; every size of its own
+    differs."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    text, of_all = target.config, ("sliding_window", "max_position_embeddings", "vocab_size", "rope_parameters")
+    full = [il for il, kind in enumerate(text.layer_types) if kind == names["f"]][-1]
+    sliding = [il for il, kind in enumerate(text.layer_types) if kind == names["s"]][-1]
+    per_layer = text.per_layer_config
+    config = Gemma4TextConfig(
+        num_hidden_layers=len(kinds), layer_types=[names[k] for k in kinds], tie_word_embeddings=True,
+        num_kv_shared_layers=len(kinds), global_head_dim=per_layer[full].head_dim, attention_k_eq_v=text.attention_k_eq_v,
+        num_global_key_value_heads=per_layer[full].num_key_value_heads if text.attention_k_eq_v else None,
+        head_dim=per_layer[sliding].head_dim, num_key_value_heads=per_layer[sliding].num_key_value_heads, hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0, final_logit_softcapping=None,
+        **{key: getattr(text, key) for key in of_all},
+        **{key: extra.pop(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads")})
+    return Gemma4AssistantForCausalLM(Gemma4AssistantConfig(
+        text_config=config, backbone_hidden_size=text.hidden_size, **extra))
+
+
+# Target, model, seed.
+ASSISTANTS = {
+    # As that of the 31B. Twice as many query heads as the target has.
+    "gemma4-assistant": ("gemma4", lambda target: assistant(
+        target, "ssf", hidden_size=36, intermediate_size=50, num_attention_heads=12), 402),
+    # As that of E2B, with a head that ranks 3 of 7 groups of 19 tokens. (The last layer must be a full one.)
+    "gemma4-e-assistant": ("gemma4-e", lambda target: assistant(
+        target, "sff", hidden_size=28, intermediate_size=46, num_attention_heads=5, use_ordered_embeddings=True,
+        num_centroids=7, centroid_intermediate_top_k=3), 407),
+}
+
+# Points of the sequence at which the assistant drafts: (committed tokens, anchor or None for the sequence's own token).
+# Contexts shorter than the window of 11, as long as it, longer by one.
+ASSISTANT_POINTS = [(1, None), (2, None), (9, None), (10, 5), (11, None), (12, None), (13, 77), (40, None), (64, 0), (75, 33)]
+N_ASSISTANT_DRAFT = 4
+
+
+@torch.no_grad()
+def make_assistant(name, target, tokens, norm):
+    """A random assistant and its greedy drafts behind what the target keeps of the first tokens. It sees of a sliding layer
+    what the target's own next row would see: one cell less than the window, for its own is not computed yet. (The library
+    lets it see up to two more, if they are kept; so does nobody else.)"""
+    _, build, seed = ASSISTANTS[name]
+    folder = HERE / name
+    model = build(target).float().eval()
+    randomise(model, seed)
+    head = model.masked_embedding
+    if head is not None:
+        head.token_ordering.copy_(torch.randperm(head.vocab_size, generator=torch.Generator().manual_seed(seed)))
+    model.save_pretrained(folder)
+    out, rows, lead, margin = {"tokens": tokens.to(torch.int32)}, [], float("inf"), float("inf")
+    ranked = None
+
+    def rank(_centroids, _inputs, scores):
+        nonlocal ranked
+        ranked = scores[0, 0].sort(descending=True).values
+
+    if head is not None:
+        head.centroids.register_forward_hook(rank)
+    window = target.config.sliding_window
+    with Double():
+        model.double()
+        kept = target.model(input_ids=tokens[None], use_cache=False, return_shared_kv_states=True).shared_kv_states
+        for i, (n, anchor) in enumerate(ASSISTANT_POINTS):
+            token = int(tokens[n]) if anchor is None else anchor
+            rows.append([n, token])
+            seen = {kind: tuple(x[:, :, max(0, n + 1 - window) if "sliding" in kind else 0:n] for x in kv)
+                    for kind, kv in dict(kept).items()}
+            state, all_logits, states = norm[n - 1].double(), [], []
+            for _ in range(N_ASSISTANT_DRAFT):
+                embedded = target.model.embed_tokens(torch.tensor([[token]]))[0, 0].double()
+                step = model(inputs_embeds=torch.cat([embedded, state])[None, None], shared_kv_states=seen,
+                             position_ids=torch.tensor([[n]]))
+                state, logits = step.last_hidden_state[0, 0], step.logits[0, 0]
+                if head is not None:
+                    # What is no candidate has no chance.
+                    chosen = logits > logits.min() + 0.5
+                    k = head.centroid_intermediate_top_k
+                    assert chosen.sum() == k * head.vocab_size_per_centroid
+                    logits = torch.where(chosen, logits, -torch.inf)
+                    margin = min(margin, (ranked[k - 1] - ranked[k]).item())
+                top = logits.topk(2).values
+                lead = min(lead, (top[0] - top[1]).item())
+                token = int(logits.argmax())
+                all_logits.append(logits)
+                states.append(state)
+            out[f"point.{i}.logits"], out[f"point.{i}.states"] = torch.stack(all_logits), torch.stack(states)
+    assert state.dtype == torch.float64
+    assert lead > 0.01 and margin > 1e-3, f"{name}: a draft hangs on {lead}, a group on {margin}; choose another seed"
+    out["points"] = torch.tensor(rows, dtype=torch.int32)
+    save(out, folder / "golden.safetensors")
+    print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, {len(rows)} points, smallest lead of a choice "
+          f"{lead:.3f}, of a group {margin:.1e}")
+
+
 def main():
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash2", "dflash-gemma4", "dflash2-gemma4"]
+    wanted = sys.argv[1:] or [*TARGETS, "dflash", "dflash2", "dflash-gemma4", "dflash2-gemma4", *ASSISTANTS]
     for name in TARGETS:
         drafters = {"qwen35": ["dflash", "dflash2"], "gemma4": ["dflash-gemma4", "dflash2-gemma4"]}.get(name, [])
-        if any(folder in wanted for folder in [name, *drafters]):
+        assistants = [a for a, (of, *_) in ASSISTANTS.items() if of == name and a in wanted]
+        if assistants or any(folder in wanted for folder in [name, *drafters]):
             model, ids, tokens, hidden, norm = make_target(name)
             if name in HEADS:
                 make_head(name, HEADS[name], model, tokens, norm)
@@ -394,6 +505,8 @@ def main():
                              dflash_config={"conv_kernel_size": 2, "conv_group_size": 11, "selector_rank": 5,
                                             "selector_top_k": 9, "input_embedding_scale": 5.0, "output_multiplier": 0.7,
                                             "final_logit_softcapping": 2.5})
+            for one in assistants:
+                make_assistant(one, model, tokens, norm)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result};
 use paceline_backend::{
-    Backend, Exec, PlanBuilder, StateConfig, StateDecl, Step, StepOut, Tap, cpu::CpuBackend,
+    Backend, Exec, PlanBuilder, StateConfig, StateDecl, States, Step, StepOut, Tap, cpu::CpuBackend,
 };
 use paceline_gguf::Gguf;
 use paceline_memory::{Memory, SeqId};
@@ -47,13 +47,21 @@ impl Target {
 
     /// An engine whose forwards also leave the states that a drafter with these `taps` reads.
     pub fn engine(&self, settings: &Settings, taps: &[Tap]) -> Result<Ours> {
+        self.engine_over(self.states(settings)?, settings, taps)
+    }
+
+    fn states(&self, settings: &Settings) -> Result<Arc<dyn States>> {
+        let config = StateConfig { n_tentative_max: settings.n_tentative, ..StateConfig::default() };
+        Ok(self.backend.alloc_states(self.model.states(), config)?)
+    }
+
+    fn engine_over(&self, states: Arc<dyn States>, settings: &Settings, taps: &[Tap]) -> Result<Ours> {
         let mut plan = PlanBuilder::new(taps);
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
-        let config = StateConfig { n_tentative_max: settings.n_tentative, ..StateConfig::default() };
-        let states = self.backend.alloc_states(self.model.states(), config)?;
         let exec = self.backend.compile(plan, &states)?;
-        let n_cell = settings.n_ctx.next_multiple_of(config.page_len) + config.page_len;
+        let page_len = states.config().page_len;
+        let n_cell = settings.n_ctx.next_multiple_of(page_len) + page_len;
         let mut memory = Memory::new(states, n_cell * settings.n_seq);
         let seqs = (0..settings.n_seq).map(|_| memory.create()).collect();
         let n_vocab = self.n_vocab();
@@ -154,15 +162,17 @@ pub struct OursDflash {
 impl OursDflash {
     /// Loads the drafter in `path` for `target`.
     pub fn new(target: &Target, path: &Path, settings: &Settings) -> Result<OursDflash> {
+        let states = target.states(settings)?;
         let drafter = paceline_spec::load(&LoadDrafter {
             file: Arc::new(Gguf::open(path)?),
             backend: &target.backend,
             target: &*target.model,
+            target_states: &states,
             states: StateConfig::default(),
             n_draft_max: None,
             n_cell_max: settings.n_ctx + 2 * StateConfig::default().page_len,
         })?;
-        let engine = target.engine(settings, drafter.taps())?;
+        let engine = target.engine_over(states, settings, drafter.taps())?;
         let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let sampler = Sampler::new(params, engine.n_vocab, Arc::new(DryBreakers::default()))?;
         Ok(OursDflash { target: engine, drafter, sampler })
@@ -197,7 +207,8 @@ impl OursDflash {
     pub fn draft(&mut self, anchor: Token, position: usize) -> Result<Vec<Token>> {
         let seq = self.target.seqs[0];
         let n_max = self.drafter.n_draft_max();
-        let request = DraftRequest { seq, anchor, position, n_max, sampler: &mut self.sampler };
+        let past = self.target.memory.past(seq);
+        let request = DraftRequest { seq, anchor, position, n_max, past, sampler: &mut self.sampler };
         let draft = self.drafter.draft(&mut [request]).pop().context("one draft per request")?;
         anyhow::ensure!(draft.fault.is_none() && draft.tokens.len() == n_max, "a draft: {:?}", draft.fault);
         Ok(draft.tokens)

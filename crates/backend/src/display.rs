@@ -37,6 +37,16 @@ impl fmt::Display for StateId {
     }
 }
 
+impl fmt::Display for BlockMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BlockMask::Causal => "causal",
+            BlockMask::Full => "full",
+            BlockMask::Past => "past",
+        })
+    }
+}
+
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (n_op, n_wave, n_buf) = (self.ops.len(), self.waves.len(), self.bufs.len());
@@ -107,19 +117,16 @@ impl Plan {
                 format!("{state} <- kv_append {}, {}", self.shape(*k), self.shape(*v))
             }
             Op::Attention(op) => {
-                let mask = match op.mask {
-                    BlockMask::Causal => "causal",
-                    BlockMask::Full => "full",
-                };
                 let window = op.window.map_or(String::new(), |window| format!(", window {window}"));
                 to(
                     op.dst,
                     format!(
-                        "attention {}, {}, {} heads, scale {}, {mask}{window}{}",
+                        "attention {}, {}, {} heads, scale {}, {}{window}{}",
                         op.state,
                         op.q,
                         op.n_head,
                         op.scale,
+                        op.mask,
                         or(op.sinks, "sinks")
                     ),
                 )

@@ -24,10 +24,12 @@ mod schedule;
 mod step;
 mod work;
 
-pub use builder::{ExpertInput, Experts, LocalKernels, Matrix, PlanBuilder, ProductInput, Routes, Tap, Vector};
+pub use builder::{
+    ExpertInput, Experts, LocalKernels, Matrix, PlanBuilder, ProductInput, Routes, Tap, Vector,
+};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
-pub use step::{Lane, PageId, RowSummary, SavedId, SlotId, Step, StepOut};
+pub use step::{Lane, LaneCells, PageId, RowSummary, SavedId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};
 
 use std::{any::Any, sync::Arc};

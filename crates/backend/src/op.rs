@@ -35,6 +35,9 @@ pub enum BlockMask {
     Causal,
     /// Every row sees every row of the lane: a drafter's block.
     Full,
+    /// A row sees no row of the lane, not even itself: queries without keys, over what somebody else has committed. A row
+    /// that sees nothing at all has no result (NaN).
+    Past,
 }
 
 /// How a router turns logits into the weights of the experts that it chooses.

@@ -7,7 +7,12 @@
 
 use std::ops::Range;
 
-use crate::{Error, KvType, KvTypes, op::Op, schedule};
+use crate::{
+    Error, KvType, KvTypes,
+    op::{BlockMask, Op},
+    schedule,
+    step::LaneCells,
+};
 
 /// A row buffer of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -170,6 +175,19 @@ impl Plan {
             let writes = op.writes(|b| self.width(b));
             op.state().is_none() && !writes.iter().any(|w| read[w.buf.0 as usize])
         })
+    }
+
+    /// Which cells the lanes of a step must have pages for.
+    pub fn lane_cells(&self) -> LaneCells {
+        let is_own = |op: &Op| match op {
+            Op::KvAppend { .. } => true,
+            Op::Attention(op) => op.mask != BlockMask::Past,
+            _ => false,
+        };
+        match self.ops.iter().any(is_own) {
+            false if self.ops.iter().any(|op| matches!(op, Op::Attention(_))) => LaneCells::Past,
+            _ => LaneCells::Own,
+        }
     }
 
     /// How many cells, its own included, the rows of this plan look back in a KV state: the widest window of the ops that

@@ -18,6 +18,16 @@ pub struct SlotId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SavedId(pub u32);
 
+/// Cells that the lanes of a step have pages for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaneCells {
+    /// The committed ones and one for each row.
+    Own,
+    /// The committed ones: the plan writes no cells and its rows don't see each other, so it can read the memory of another
+    /// model.
+    Past,
+}
+
 /// The rows of one sequence in a step. Row `i` of the lane sits in KV cell `n_past + i`, in page
 /// `pages[(n_past + i) / page_len]`.
 #[derive(Clone, Debug)]
@@ -30,7 +40,8 @@ pub struct Lane<'a> {
     /// state advances over exactly these; the rest is kept in the tentative window for
     /// [`slot_commit`](crate::States::slot_commit).
     pub n_certain: usize,
-    /// Pages that cover `n_past + rows.len()` cells. Those that hold the lane's own rows are not shared.
+    /// Pages that cover `n_past + rows.len()` cells, or `n_past` for a plan that only looks at these
+    /// ([`LaneCells`]). Those that hold the lane's own rows are not shared.
     pub pages: &'a [PageId],
     /// The recurrent slot, where the model has recurrent layers.
     pub slot: Option<SlotId>,
@@ -65,8 +76,8 @@ impl Step<'_> {
         self.positions.len()
     }
 
-    /// Panics unless lanes, positions and outputs agree; `page_len` as in the states.
-    pub fn check(&self, page_len: usize) {
+    /// Panics unless lanes, positions and outputs agree; `page_len` as in the states, `cells` as the plan has them.
+    pub fn check(&self, page_len: usize, cells: LaneCells) {
         let n = self.n_rows();
         let mut next = 0;
         for lane in self.lanes {
@@ -78,7 +89,10 @@ impl Step<'_> {
                 lane.n_certain,
                 lane.rows.len()
             );
-            let cells = lane.n_past + lane.rows.len();
+            let cells = match cells {
+                LaneCells::Own => lane.n_past + lane.rows.len(),
+                LaneCells::Past => lane.n_past,
+            };
             assert!(lane.pages.len() * page_len >= cells, "{} pages for {cells} cells", lane.pages.len());
             next = lane.rows.end;
         }

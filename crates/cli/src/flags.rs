@@ -45,7 +45,7 @@ pub struct ModelFlags {
     /// Drafter: a GGUF file (-md)
     #[arg(
         long = "model-draft",
-        aliases = ["md", "spec-draft-model"],
+        aliases = ["md", "spec-draft-model", "mtp-head"],
         value_name = "FILE",
         env = "LLAMA_ARG_MODEL_DRAFT",
         hide_env = true
@@ -64,8 +64,8 @@ pub struct ModelFlags {
     /// Token for private and gated repositories (-hft)
     #[arg(long, alias = "hft", value_name = "TOKEN", env = "HF_TOKEN", hide_env_values = true)]
     pub hf_token: Option<String>,
-    /// Who drafts, one or several: dflash, draft (a small model), draft-mtp (the target's own prediction head),
-    /// ngram-simple (copies from the text); none
+    /// Who drafts, one or several: dflash, draft (a small model), draft-mtp (the target's own prediction head, or with
+    /// -md Gemma 4's assistant), ngram-simple (copies from the text); none
     #[arg(long, value_name = "KINDS", env = "LLAMA_ARG_SPEC_TYPE", hide_env = true)]
     pub spec_type: Option<String>,
     /// Same as --spec-type dflash
@@ -594,6 +594,9 @@ mod tests {
         assert!(ModelFlags::default().drafter_kinds().unwrap().is_none());
         let none = ModelFlags { no_draft: true, dflash: true, ..ModelFlags::default() };
         assert_eq!(none.drafter_kinds().unwrap().map(|kinds| kinds.len()), Some(0));
-        check("dflsh", Err("expected dflash, draft-mtp, draft, ngram-simple or none, found `dflsh`"));
+        check(
+            "dflsh",
+            Err("expected dflash, draft-mtp, gemma4-assistant, draft, ngram-simple or none, found `dflsh`"),
+        );
     }
 }

@@ -298,6 +298,10 @@ impl MemoryPlan {
 
 /// A drafter keeps keys and values of each of its layers and nothing else.
 fn drafter_states(file: &Gguf, arch: &str) -> Result<(Vec<StateDecl>, u64), String> {
+    if looks_at_target(file) {
+        let n_ctx = file.metadata().u32(&format!("{arch}.context_length")).ok().flatten();
+        return Ok((Vec::new(), n_ctx.unwrap_or(0).into()));
+    }
     let count = |suffix: &str| -> Result<usize, String> {
         let key = format!("{arch}.{suffix}");
         let n = file.metadata().require_u32(&key).map_err(|e| e.to_string())?;
@@ -310,6 +314,12 @@ fn drafter_states(file: &Gguf, arch: &str) -> Result<(Vec<StateDecl>, u64), Stri
     };
     let n_layer = count("block_count")?.min(4096);
     Ok((vec![StateDecl::Kv { n_head, head_dim }; n_layer], count("context_length").unwrap_or(0) as u64))
+}
+
+/// True of a drafter without keys and values of its own, between projections from and to the target's width.
+fn looks_at_target(file: &Gguf) -> bool {
+    let names = ["nextn.pre_projection", "mtp.pre_projection", "mtp_pre_proj"];
+    names.iter().any(|name| file.tensor(&format!("{name}.weight")).is_some())
 }
 
 /// The contract of a drafter: checked against a target, or what the file alone says. None for other files.
@@ -328,10 +338,12 @@ fn contract(file: &Arc<Gguf>, target: Option<&PathBuf>) -> Result<Option<String>
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(1)?);
     let model = paceline_models::load(&target_file, &backend)?;
     crate::load::check_pair(&target_file, &target_vocab(&target_file)?, file)?;
+    let target_states = backend.alloc_states(model.states(), StateConfig::default())?;
     let drafter = paceline_spec::load(&LoadDrafter {
         file: file.clone(),
         backend: &backend,
         target: &*model,
+        target_states: &target_states,
         states: StateConfig::default(),
         n_cell_max: 0,
         n_draft_max: None,
@@ -351,7 +363,7 @@ fn contract_alone(file: &Gguf) -> String {
         ("block", &["block_size", "dflash.block_size"]),
         ("mask token", &["mask_token_id", "dflash.mask_token_id"]),
         ("layers", &["block_count"]),
-        ("target width", &["target_hidden_size"]),
+        ("target width", &["target_hidden_size", "embedding_length_out", "n_embd_backbone"]),
         ("target features", &["dflash.n_target_features"]),
         ("window", &["attention.sliding_window"]),
         ("window pattern", &["attention.sliding_window_pattern"]),
@@ -379,7 +391,12 @@ fn contract_alone(file: &Gguf) -> String {
     if let Some(map) = file.tensor("d2t") {
         parts.push(format!("own vocabulary of {} tokens", map.n_elements()));
     }
-    for (what, tensor) in [("embedding", "token_embd.weight"), ("head", "output.weight")] {
+    let ends = match looks_at_target(file) {
+        // Its table is its head.
+        true => [("embedding", "embedding"), ("head", "token_embd.weight")],
+        false => [("embedding", "token_embd.weight"), ("head", "output.weight")],
+    };
+    for (what, tensor) in ends {
         let own = if file.tensor(tensor).is_some() { "own" } else { "target's" };
         parts.push(format!("{what} {own}"));
     }

@@ -130,11 +130,6 @@ const LATER: &[Later] = &[
     later("spec-dflash-cross-ctx", Value, WHOLE_CONTEXT).quiet(&["0"]),
     later("spec-draft-replace", Value, Refuse("a drafter must speak its target's vocabulary"))
         .also(&["spec-replace"]),
-    later(
-        "mtp-head",
-        Value,
-        Refuse("heads in files of their own are not built yet; --spec-type draft-mtp uses the target's"),
-    ),
     later("threads-batch", Value, NO_POOLS).also(&["tb"]),
     later("spec-draft-threads", Value, NO_POOLS).also(&["td", "threads-draft"]),
     later("threads-http", Value, NO_POOLS).env("LLAMA_ARG_THREADS_HTTP"),

@@ -157,11 +157,14 @@ impl Loaded {
         let page_len = StateConfig::default().page_len;
         // A fork of a sequence copies a page before it writes into it.
         let per_slot = (sizes.n_ctx + N_BLOCK_MAX + page_len).next_multiple_of(page_len);
+        let has_drafters = with_drafter && !self.drafters.is_empty();
+        let states = self.target_states(if has_drafters { sizes.n_draft_max } else { 0 })?;
         let load = |(kind, file): &(&'static DrafterKind, Arc<Gguf>)| {
             (kind.load)(&LoadDrafter {
                 file: file.clone(),
                 backend: &self.backend,
                 target: &*self.model,
+                target_states: &states,
                 states: StateConfig { kv: sizes.kv_draft, ..StateConfig::default() },
                 n_cell_max: per_slot * sizes.n_slot,
                 n_draft_max: sizes.n_draft_wanted,
@@ -171,7 +174,7 @@ impl Loaded {
         let drafters: Vec<Box<dyn Drafter>> = wanted.map(load).collect::<Result<_, _>>()?;
         let n_draft_max = drafters.iter().map(|d| sizes.n_draft_max.min(d.n_draft_max())).max().unwrap_or(0);
         let taps = TapUnion::of(&drafters);
-        let (_, exec, states) = self.target(taps.taps(), n_draft_max.max(1))?;
+        let (_, exec) = self.target(taps.taps(), &states)?;
         // A slot's last page is never shared with another slot, and tentative rows come on top.
         let room = (n_draft_max + 1 + page_len).next_multiple_of(page_len);
         let memory = Memory::new(states, sizes.n_cell.next_multiple_of(page_len) + sizes.n_slot * room);
@@ -191,19 +194,21 @@ impl Loaded {
         Ok(engine.with_clock(Box::new(move || start.elapsed())))
     }
 
-    /// The target alone, compiled with these states tapped, over states of its own.
-    pub fn target(
-        &self,
-        taps: &[Tap],
-        n_tentative_max: usize,
-    ) -> Result<(Arc<Plan>, Box<dyn Exec>, Arc<dyn States>)> {
+    /// The target, compiled with these hidden states tapped, over `states`.
+    pub fn target(&self, taps: &[Tap], states: &Arc<dyn States>) -> Result<(Arc<Plan>, Box<dyn Exec>)> {
         let mut plan = PlanBuilder::new(taps);
         let logits = self.model.record(&mut plan);
         let plan = Arc::new(plan.finish(Some(logits)));
+        let exec = self.backend.compile(plan.clone(), states)?;
+        Ok((plan, exec))
+    }
+
+    /// Where sequences of the target keep their states, with at most so many drafted rows of each in a step. It exists before
+    /// the drafters, of which some read it, and so before it is known that all of them draft less.
+    pub fn target_states(&self, n_draft_max: usize) -> Result<Arc<dyn States>> {
+        let n_tentative_max = n_draft_max.max(1);
         let config = StateConfig { kv: self.sizes.kv, n_tentative_max, ..StateConfig::default() };
-        let states = self.backend.alloc_states(self.model.states(), config)?;
-        let exec = self.backend.compile(plan.clone(), &states)?;
-        Ok((plan, exec, states))
+        Ok(self.backend.alloc_states(self.model.states(), config)?)
     }
 
     /// An engine that drafts as much as pays, or at full length if the flags say so.
@@ -247,7 +252,8 @@ impl Loaded {
         let mut engine = self.engine(true)?;
         line.finish_and_clear();
         let (sizes, hp) = (&self.sizes, self.model.hparams());
-        let memory = MemoryNeed::new(self.model.states(), sizes.kv, engine.config().n_draft_max);
+        let n_tentative = if engine.drafters().is_empty() { 0 } else { sizes.n_draft_max };
+        let memory = MemoryNeed::new(self.model.states(), sizes.kv, n_tentative);
         info!("{}", self.backend.describe());
         info!(
             "target: {}, {}, {} layers, {} weights in {}",
@@ -408,6 +414,9 @@ fn drafters(
     let mut drafters = Vec::with_capacity(kinds.len());
     let mut left = file;
     for kind in kinds {
+        // A head may be in the target's file or in its own: both go by one name.
+        let own = left.as_ref().and_then(|file| kind_of(file).ok());
+        let kind = own.filter(|own| own.aliases.contains(&kind.name)).unwrap_or(kind);
         if !kind.needs_file() {
             drafters.push((kind, target.clone()));
             continue;

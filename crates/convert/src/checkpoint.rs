@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use paceline_gguf::safetensors::{SafeTensor, SafeTensors};
+use paceline_gguf::safetensors::{DType, SafeTensor, SafeTensors};
 
 use crate::Error;
 use crate::config::Config;
@@ -50,6 +50,24 @@ impl Checkpoint {
         let tensor = self.tensors.require_tensor(tensor)?;
         SafeTensor { data: &[], ..tensor }.to_f32()?;
         Ok(())
+    }
+
+    /// All values of a tensor of whole numbers.
+    pub(crate) fn integers(&self, tensor: &str) -> Result<Vec<i32>, Error> {
+        let found = self.tensors.require_tensor(tensor)?;
+        let narrow = |x: &[u8; 8]| i32::try_from(i64::from_le_bytes(*x)).ok();
+        let numbers = match found.dtype {
+            DType::I32 => Some(found.data.as_chunks().0.iter().map(|x| i32::from_le_bytes(*x)).collect()),
+            DType::I64 => found.data.as_chunks().0.iter().map(narrow).collect(),
+            _ => None,
+        };
+        numbers.ok_or_else(|| Error::Tensor {
+            dir: self.dir.clone(),
+            tensor: tensor.to_owned(),
+            expected: "whole numbers of 32 bits".to_owned(),
+            found: format!("{} values", found.dtype),
+            hint: "the checkpoint is damaged: download it again",
+        })
     }
 
     /// The tensor as rows of `row_len`, which must divide it.

@@ -3,6 +3,7 @@
 mod decoder;
 mod dflash;
 mod gemma4;
+mod gemma4_assistant;
 mod llama;
 mod moe;
 mod qwen3;
@@ -27,6 +28,7 @@ pub(crate) const FAMILIES: &[Family] = &[
     llama::FAMILY,
     dflash::FAMILY,
     gemma4::FAMILY,
+    gemma4_assistant::FAMILY,
 ];
 
 /// A kind of checkpoint that can be converted.

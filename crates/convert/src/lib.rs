@@ -133,7 +133,12 @@ pub fn convert(options: &ConvertOptions, mut progress: impl FnMut(Progress)) -> 
     write_tokenizer(&mut recipe, family.drafts, options)?;
 
     let shapes = recipe.tensors.iter().map(|tensor| (tensor.name.as_str(), &tensor.shape[..]));
-    let types = types::assign(mix, &recipe.metadata, shapes)?;
+    let mut types = types::assign(mix, &recipe.metadata, shapes)?;
+    for (tensor, ty) in recipe.tensors.iter().zip(&mut types) {
+        if matches!(tensor.source, Source::Integers(_)) {
+            *ty = GgmlType::I32;
+        }
+    }
     let Recipe { arch, metadata, tensors, skipped, notes, .. } = recipe;
     write_file(&options.out, metadata, &checkpoint, &tensors, &types, &mut progress)?;
 
@@ -217,6 +222,9 @@ fn write_tensor(
 ) -> Result<(), Error> {
     const CHUNK_LEN: usize = 1 << 22;
     match &tensor.source {
+        Source::Integers(numbers) => {
+            sink.put(&numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>())?
+        }
         Source::Values(values) => sink.put(&quantize_rows(ty, values.len(), values))?,
         Source::Checkpoint { tensors, row_len, layout } => {
             let rows = tensors.iter().map(|tensor| checkpoint.rows(tensor, *row_len));

@@ -21,6 +21,8 @@ pub(crate) enum Source {
     Checkpoint { tensors: Vec<String>, row_len: usize, layout: Layout },
     /// Computed from the config.
     Values(Vec<f32>),
+    /// Whole numbers of the checkpoint, which stay such whatever type the weights get.
+    Integers(Vec<i32>),
 }
 
 /// A tensor of the file.
@@ -150,6 +152,20 @@ impl<'a> Recipe<'a> {
     pub(crate) fn computed(&mut self, name: &str, values: Vec<f32>) {
         let shape = vec![values.len() as u64];
         self.tensors.push(Tensor { name: name.to_owned(), shape, source: Source::Values(values) });
+    }
+
+    /// `name` is the vector `tensor` of `len` whole numbers.
+    pub(crate) fn integers(&mut self, name: &str, tensor: &str, len: usize) -> Result<(), Error> {
+        let found = self.checkpoint.shape(tensor);
+        if found.as_deref() != Some(&[len]) {
+            let found = found.map_or("no such tensor".to_owned(), |found| format!("shape {found:?}"));
+            return Err(self.error(tensor, format!("shape [{len}]"), found));
+        }
+        let numbers = self.checkpoint.integers(tensor)?;
+        self.claimed.insert(tensor.to_owned());
+        let (name, shape) = (name.to_owned(), vec![len as u64]);
+        self.tensors.push(Tensor { name, shape, source: Source::Integers(numbers) });
+        Ok(())
     }
 
     /// Leaves out the tensors for which `applies` holds.

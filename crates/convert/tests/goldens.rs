@@ -509,6 +509,56 @@ fn qwen35moe_with_a_prediction_head() {
 }
 
 #[test]
+fn gemma4_assistants() {
+    let key = |suffix: &str| format!("gemma4-assistant.{suffix}");
+    let model = converted("gemma4-assistant", "f32", Some("gemma4"));
+    model.strs(&[("general.architecture", "gemma4-assistant"), ("tokenizer.ggml.model", "gemma4")]);
+    for (suffix, n) in [
+        ("block_count", 3),
+        ("embedding_length", 36),
+        ("embedding_length_out", 44),
+        ("feed_forward_length", 50),
+        ("attention.head_count", 12),
+        ("attention.key_length", 20),
+        ("attention.key_length_swa", 12),
+        ("attention.sliding_window", 11),
+        ("attention.shared_kv_layers", 3),
+        ("nextn_predict_layers", 3),
+    ] {
+        model.ints(&[(&key(suffix), n)]);
+    }
+    let metadata = model.file.metadata();
+    let pattern = metadata.bool_array(&key("attention.sliding_window_pattern")).unwrap();
+    assert_eq!(pattern, Some(vec![true, true, false]));
+    assert_eq!(metadata.bool(&key("use_ordered_embeddings")).unwrap(), Some(false));
+    model.same("token_embd.weight", "model.embed_tokens.weight", &[36, 133]);
+    model.same("nextn.pre_projection.weight", "pre_projection.weight", &[88, 36]);
+    model.same("nextn.post_projection.weight", "post_projection.weight", &[36, 44]);
+    model.same("blk.1.attn_q.weight", "model.layers.1.self_attn.q_proj.weight", &[36, 144]);
+    model.same("blk.2.attn_q.weight", "model.layers.2.self_attn.q_proj.weight", &[36, 240]);
+    model.same("blk.2.layer_output_scale.weight", "model.layers.2.layer_scalar", &[1]);
+    // Table, norm, two projections, angles; no keys and no values.
+    assert_eq!(model.file.tensors().len(), 5 + 11 * 3);
+
+    // The order of the tokens stays whole numbers whatever the weights become.
+    for ty in ["f32", "q8_0"] {
+        let model = converted("gemma4-e-assistant", ty, None);
+        for (suffix, n) in [("n_centroids", 7), ("centroid_top_k", 3), ("embedding_length_out", 40)] {
+            model.ints(&[(&key(suffix), n)]);
+        }
+        assert_eq!(model.file.metadata().bool(&key("use_ordered_embeddings")).unwrap(), Some(true));
+        assert_eq!(model.shape("masked_embd_centroids.weight"), [28, 7]);
+        let order = model.file.tensor("masked_embd_ordering").unwrap();
+        assert_eq!((order.ty, &order.shape[..]), (GgmlType::I32, &[133][..]));
+        let source = model.source.require_tensor("masked_embedding.token_ordering").unwrap();
+        let want: Vec<i64> = source.data.as_chunks().0.iter().map(|x| i64::from_le_bytes(*x)).collect();
+        let data = model.file.data(order).as_chunks().0;
+        let got: Vec<i64> = data.iter().map(|x| i32::from_le_bytes(*x).into()).collect();
+        assert_eq!(got, want);
+    }
+}
+
+#[test]
 fn a_drafter_says_what_it_differs_in() {
     let model = converted("dflash-noncausal", "f32", None);
     let metadata = model.file.metadata();

@@ -270,3 +270,41 @@ fn gemmas_that_differ() {
         &["`rope_parameters.full_attention.rope_type`: expected `proportional` or `default`, found \"yarn\""],
     );
 }
+
+#[test]
+fn assistants_that_differ() {
+    let assistant = |edit: fn(&mut Value)| edited("gemma4-e-assistant").config(edit);
+    check(
+        assistant(|json| json["backbone_hidden_size"] = Value::Null),
+        &["`backbone_hidden_size`: expected"],
+    );
+    check(
+        assistant(|json| json["backbone_hidden_size"] = 44.into()),
+        &["tensor `pre_projection.weight`: expected shape [28, 88]", "found shape [28, 80]"],
+    );
+    check(
+        assistant(|json| json["num_centroids"] = 8.into()),
+        &["`num_centroids`: expected a divisor of 133"],
+    );
+    check(assistant(|json| json["centroid_intermediate_top_k"] = 9.into()), &["expected at most 7 groups"]);
+    check(
+        assistant(|json| json["text_config"]["enable_moe_block"] = true.into()),
+        &["`text_config.", "not supported yet"],
+    );
+    // What the flag says is not there must not be there.
+    check(
+        assistant(|json| json["use_ordered_embeddings"] = false.into()),
+        &["`masked_embedding.", "no part of a gemma4-assistant model"],
+    );
+    let floats = edited("gemma4-e-assistant").tensors(|tensors| {
+        let (.., dtype, _) = tensors.iter_mut().find(|t| t.0 == "masked_embedding.token_ordering").unwrap();
+        *dtype = DType::F64;
+    });
+    check(
+        floats,
+        &["`masked_embedding.token_ordering`: expected whole numbers of 32 bits, found F64 values"],
+    );
+    let path = golden("gemma4-e");
+    let other = edited("gemma4-assistant").options(|options| options.target_dir = Some(path));
+    check(other, &["size of a hidden state: the drafter expects 44, the target has 40"]);
+}

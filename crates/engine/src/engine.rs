@@ -636,6 +636,7 @@ impl Engine {
                 anchor: active.tokens[active.n_computed],
                 position: active.n_computed,
                 n_max,
+                past: self.target.memory.past(active.seq),
                 sampler: &mut active.sampler,
             });
         }

@@ -22,10 +22,12 @@ fn engine(n_slot: usize, cache: CacheConfig) -> Engine {
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
     let model = paceline_models::load(&target, &backend).unwrap();
     let config = StateConfig::default();
+    let states = backend.alloc_states(model.states(), config).unwrap();
     let request = LoadDrafter {
         file: drafter,
         backend: &backend,
         target: &*model,
+        target_states: &states,
         states: config,
         n_cell_max: 1 << 16,
         n_draft_max: None,
@@ -34,7 +36,6 @@ fn engine(n_slot: usize, cache: CacheConfig) -> Engine {
     let mut p = PlanBuilder::new(drafter.taps());
     let logits = model.record(&mut p);
     let plan = Arc::new(p.finish(Some(logits)));
-    let states = backend.alloc_states(model.states(), config).unwrap();
     let exec = backend.compile(plan, &states).unwrap();
     let vocab = Arc::new(Vocab::from_metadata(target.metadata()).unwrap());
     let target = Target { exec, memory: Memory::new(states, 1 << 16), n_vocab: model.hparams().n_vocab };

@@ -42,6 +42,15 @@ fn the_targets_own_head() {
 }
 
 #[test]
+fn an_assistant_that_looks_at_the_target() {
+    for (target, assistant) in [("gemma4", "gemma4-assistant"), ("gemma4-e", "gemma4-e-assistant")] {
+        let pair = Pair::new(target, &[("gemma4-assistant", assistant)]);
+        assert!(check(&pair, &["gemma4-assistant"], false).0 > 1000);
+        check(&pair, &["gemma4-assistant", "ngram-simple"], true);
+    }
+}
+
+#[test]
 fn copies_of_the_text() {
     let pair = Pair::new("qwen35", &[]);
     let (n_draft, n_accepted) = check(&pair, &["ngram-simple"], false);
@@ -92,7 +101,10 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
     let (hybrid, dense) = (Pair::new("qwen35-mtp", &files[..1]), Pair::new("llama", &[("draft", "llama")]));
     let dflash = Pair::new("qwen35", &files[1..]);
     let dflash2 = Pair::new("qwen35", &[("dflash2", "dflash2")]);
-    let lists: [(&Pair, &[&str]); 10] = [
+    let gemma = Pair::new("gemma4", &[("gemma4-assistant", "gemma4-assistant")]);
+    let lists: [(&Pair, &[&str]); 12] = [
+        (&gemma, &["gemma4-assistant"]),
+        (&gemma, &["gemma4-assistant", "ngram-simple"]),
         (&hybrid, &["draft-mtp"]),
         (&hybrid, &["ngram-simple"]),
         (&hybrid, &["draft"]),

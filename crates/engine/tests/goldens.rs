@@ -1,4 +1,4 @@
-//! Golden targets and a DFlash drafter: which rows share a forward, which experts a row goes to, whose keys a layer reads,
+//! Golden targets and drafters that read them: which rows share a forward, which experts a row goes to, whose keys a layer reads,
 //! and what was guessed in between leaves no trace in the text.
 
 use std::{collections::HashMap, sync::Arc};
@@ -56,7 +56,16 @@ fn random_drafter(target: &dyn Model, taps: &[i32]) -> Arc<Gguf> {
     Arc::new(Gguf::from_bytes("drafter.gguf", to_bytes(&metadata, &tensors).unwrap()).unwrap())
 }
 
-/// A DFlash drafter that somebody whispers to: the first tokens of a draft become those of the plain answer, as many as the
+/// Who drafts.
+#[derive(Clone, Copy)]
+enum Drafts {
+    /// A random DFlash drafter, tapped behind these layers.
+    Dflash(&'static [i32]),
+    /// The golden assistant of this name.
+    Assistant(&'static str),
+}
+
+/// A drafter that somebody whispers to: the first tokens of a draft become those of the plain answer, as many as the
 /// position says. Alone it would never be right; so drafts are kept in parts, in full and not at all.
 struct Helped {
     inner: Box<dyn Drafter>,
@@ -131,23 +140,28 @@ struct Answered {
 /// Answers to the prompts, speculated with the help of `known` if there is any.
 fn answers(
     target: &Arc<Gguf>,
-    taps: &[i32],
+    drafts: Drafts,
     n_slot: usize,
     known: Option<Vec<Vec<Token>>>,
     requests: &[Request],
 ) -> Vec<Answered> {
     let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(2).unwrap());
     let model = paceline_models::load(target, &backend).unwrap();
-    let states = StateConfig { page_len: 16, ..StateConfig::default() };
+    let config = StateConfig { page_len: 16, ..StateConfig::default() };
+    let states = backend.alloc_states(model.states(), config).unwrap();
     let drafter = known.map(|known| {
-        let file = random_drafter(&*model, taps);
+        let file = match drafts {
+            Drafts::Dflash(taps) => random_drafter(&*model, taps),
+            Drafts::Assistant(name) => converted(name),
+        };
         let load = LoadDrafter {
             file,
             backend: &backend,
             target: &*model,
-            states,
+            target_states: &states,
+            states: config,
             n_cell_max: 1 << 14,
-            n_draft_max: None,
+            n_draft_max: Some(5),
         };
         let inner = paceline_spec::load(&load).unwrap();
         Box::new(Helped { inner, known, committed: HashMap::new() }) as Box<dyn Drafter>
@@ -155,7 +169,6 @@ fn answers(
     let mut p = PlanBuilder::new(drafter.as_ref().map_or(&[], |drafter| drafter.taps()));
     let logits = model.record(&mut p);
     let plan = Arc::new(p.finish(Some(logits)));
-    let states = backend.alloc_states(model.states(), states).unwrap();
     let exec = backend.compile(plan, &states).unwrap();
     let vocab = Arc::new(Vocab::from_metadata(target.metadata()).unwrap());
     let target = Target { exec, memory: Memory::new(states, 1 << 14), n_vocab: model.hparams().n_vocab };
@@ -194,26 +207,32 @@ fn answers(
 
 #[test]
 fn experts_and_delta_rules() {
-    check("qwen35moe", &[1, 3, 6]);
+    check("qwen35moe", Drafts::Dflash(&[1, 3, 6]));
 }
 
 #[test]
 fn gemma4() {
-    check("gemma4", &[0, 2, 4]);
+    check("gemma4", Drafts::Dflash(&[0, 2, 4]));
 }
 
 #[test]
 fn gemma4_with_shared_kv() {
-    check("gemma4-e", &[1, 5, 9]);
+    check("gemma4-e", Drafts::Dflash(&[1, 5, 9]));
 }
 
 #[test]
 fn gemma4_with_experts() {
-    check("gemma4-moe", &[0, 2, 4]);
+    check("gemma4-moe", Drafts::Dflash(&[0, 2, 4]));
+}
+
+#[test]
+fn gemma4_with_its_assistant() {
+    check("gemma4", Drafts::Assistant("gemma4-assistant"));
+    check("gemma4-e", Drafts::Assistant("gemma4-e-assistant"));
 }
 
 /// Speculated is plain, greedy and sampled, at any number of slots.
-fn check(name: &str, taps: &[i32]) {
+fn check(name: &str, drafts: Drafts) {
     let target = converted(name);
     let n_vocab = target.tensor("token_embd.weight").unwrap().shape[1] as usize;
     let mut rng = Rng::new(17);
@@ -231,12 +250,12 @@ fn check(name: &str, taps: &[i32]) {
             }
         })
         .collect();
-    let plain = answers(&target, taps, 1, None, &requests);
+    let plain = answers(&target, drafts, 1, None, &requests);
     let known: Vec<Vec<Token>> =
         requests.iter().zip(&plain).map(|(r, a)| [&r.prompt[..], &a.tokens].concat()).collect();
     for n_slot in [1, 2, 5, 8] {
-        let crowd = answers(&target, taps, n_slot, None, &requests);
-        let speculated = answers(&target, taps, n_slot, Some(known.clone()), &requests);
+        let crowd = answers(&target, drafts, n_slot, None, &requests);
+        let speculated = answers(&target, drafts, n_slot, Some(known.clone()), &requests);
         for (id, plain) in plain.iter().enumerate() {
             assert_eq!(plain.tokens.len(), N_PREDICT);
             assert_eq!(crowd[id].tokens, plain.tokens, "answer {id}, plain at {n_slot} slots");

@@ -435,6 +435,14 @@ impl Memory {
         }
     }
 
+    /// The committed cells of `seq` as a lane of one row, for a plan that reads them and writes nothing: how another model
+    /// attends to this one's memory between its steps. Nothing is prepared, and nothing needs a commit.
+    pub fn past(&self, seq: SeqId) -> Lane<'_> {
+        let sequence = self.find(seq);
+        assert!(sequence.pending.is_none(), "a look at {seq:?} inside a step");
+        Lane { rows: 0..1, n_past: sequence.len, n_certain: 1, pages: &sequence.pages, slot: None }
+    }
+
     /// Ends the step of `seq`: the first `n_rows` prepared rows are final, the others never happened.
     ///
     /// Certain rows have advanced the recurrent state already, so they can't be dropped.

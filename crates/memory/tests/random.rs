@@ -268,6 +268,22 @@ fn a_fork_at_a_page_boundary_copies_nothing() {
 }
 
 #[test]
+fn a_look_at_the_past_takes_nothing() {
+    let mut world = World::new(HashKind::Hybrid, 4, 100);
+    let seq = world.create();
+    world.append(0, &[0, 1, 2, 3, 0, 1, 2, 3]);
+    let before = world.memory.usage();
+    let past = world.memory.past(seq);
+    // Not even a page for its own row.
+    assert_eq!((past.n_past, past.rows, past.pages.len(), past.slot), (8, 0..1, 2, None));
+    assert_eq!(world.memory.usage(), before);
+    let fork = world.fork(0);
+    assert_eq!(world.memory.past(fork).pages, world.memory.past(seq).pages);
+    assert!(world.memory.rests(fork), "nobody wakes for it");
+    world.memory.check();
+}
+
+#[test]
 fn a_truncated_prefix_may_be_shared() {
     let mut world = World::new(HashKind::Attention, 4, 100);
     world.create();
@@ -346,6 +362,13 @@ fn misuse_panics() {
     check_panic(|w, seq| w.memory.commit(seq, 0), "no prepared rows");
     check_panic(|w, seq| _ = w.memory.lane(seq, 0), "no prepared rows");
     check_panic(|w, seq| _ = w.memory.extend(seq, 1), "no prepared rows");
+    check_panic(
+        |w, seq| {
+            w.memory.prepare(seq, 1, 1).expect("room");
+            w.memory.past(seq);
+        },
+        "inside a step",
+    );
     check_panic(|w, seq| _ = w.memory.prepare(seq, 1, 2), "2 certain of 1 rows");
     check_panic(|w, seq| w.memory.truncate(seq, 0), "can't be truncated");
     check_panic(

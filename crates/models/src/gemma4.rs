@@ -16,7 +16,8 @@ use paceline_backend::{Buf, Pairing, PlanBuilder, RopeSpec, StateDecl, StateId, 
 use crate::{
     Arch, Error, Hparams, Model, SharedWeights, Weights,
     blocks::{
-        Act, Attention, AttentionShape, Ends, Mlp, Moe, MoeShape, PerLayerEmbedding, PerLayerInput, Values,
+        Act, Attention, AttentionShape, Ends, Moe, MoeShape, PerLayerEmbedding, PerLayerInput, Sandwich,
+        SandwichShape, Values,
     },
     hparams::per_layer,
 };
@@ -33,15 +34,9 @@ struct Gemma4 {
 }
 
 struct Layer {
-    attn_norm: Vector,
-    attention: Attention,
-    post_attention_norm: Vector,
-    ffn_norm: Vector,
-    ffn: Mlp,
+    parts: Sandwich,
     experts: Option<Experts>,
-    post_ffw_norm: Vector,
     input: Option<PerLayerInput>,
-    output_scale: Option<Vector>,
 }
 
 impl Gemma4 {
@@ -64,7 +59,6 @@ impl Gemma4 {
         let mut layers = Vec::with_capacity(n_layer);
         for (il, shape) in shapes.into_iter().enumerate() {
             let prefix = format!("blk.{il}.");
-            let norm = |name: &str| w.vector(&format!("{prefix}{name}.weight"), n_embd, "n_embd");
             let attention = if il + n_reader < n_layer {
                 let state = StateId(states.len() as u32);
                 states.push(shape.state());
@@ -80,16 +74,11 @@ impl Gemma4 {
                 };
                 Attention::load_reader(w, &prefix, shape, state)?
             };
+            let sizes = SandwichShape { n_embd, n_ff: n_ff[il], eps: hp.eps };
             layers.push(Layer {
-                attn_norm: norm("attn_norm")?,
-                attention,
-                post_attention_norm: norm("post_attention_norm")?,
-                ffn_norm: norm("ffn_norm")?,
-                ffn: Mlp::load(w, &prefix, n_embd, n_ff[il])?.with_act(Act::Gelu),
+                parts: Sandwich::load(w, &prefix, sizes, attention)?,
                 experts: moe.as_ref().map(|moe| Experts::load(w, &prefix, moe)).transpose()?,
-                post_ffw_norm: norm("post_ffw_norm")?,
                 input: (width > 0).then(|| PerLayerInput::load(w, &hp, il, width)).transpose()?,
-                output_scale: w.vector_opt(&format!("{prefix}layer_output_scale.weight"), 1, "one factor")?,
             });
         }
         Ok(Gemma4 {
@@ -205,28 +194,17 @@ impl Model for Gemma4 {
     }
 
     fn record(&self, p: &mut PlanBuilder<'_>) -> Buf {
-        let eps = self.hparams.eps;
         let mut x = self.ends.embed(p); // [n, n_embd]
         let inputs = self.per_layer.as_ref().map(|embedding| embedding.forward(p, x));
         for (il, layer) in self.layers.iter().enumerate() {
-            let h = p.rms_norm(x, &layer.attn_norm, eps);
-            let h = layer.attention.forward(p, h);
-            let h = p.rms_norm(h, &layer.post_attention_norm, eps);
-            let a = p.add(x, h);
-            let h = p.rms_norm(a, &layer.ffn_norm, eps);
-            let h = layer.ffn.forward(p, h);
-            let h = match &layer.experts {
-                Some(experts) => experts.forward(p, a, h, &self.hparams),
-                None => h,
-            };
-            let h = p.rms_norm(h, &layer.post_ffw_norm, eps);
-            x = p.add(a, h);
+            x = layer.parts.forward(p, x, |p, a, dense| match &layer.experts {
+                Some(experts) => experts.forward(p, a, dense, &self.hparams),
+                None => dense,
+            });
             if let (Some(input), Some(all)) = (&layer.input, inputs) {
                 x = input.forward(p, x, all);
             }
-            if let Some(scale) = &layer.output_scale {
-                x = p.scale_by(x, scale);
-            }
+            x = layer.parts.scale(p, x);
             // What the next layer reads: behind the layer's own input and scale.
             p.tap(il, x);
         }

@@ -5,6 +5,8 @@ use crate::{Error, Weights};
 /// Sizes of a model, named as in GGUF.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hparams {
+    /// The prefix of its keys, which for a target is its architecture.
+    pub arch: String,
     /// Layers of the main pass; prediction heads behind them are not counted.
     pub n_layer: usize,
     /// Width of the residual stream.
@@ -94,6 +96,7 @@ impl Hparams {
             ));
         }
         let hparams = Hparams {
+            arch: w.prefix().to_string(),
             n_layer,
             n_embd,
             n_vocab,

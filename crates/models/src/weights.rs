@@ -20,6 +20,11 @@ impl Weights {
         Weights { file, backend, prefix: prefix.to_string() }
     }
 
+    /// The prefix of the architecture's keys.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     /// The file's metadata.
     pub fn metadata(&self) -> &Metadata {
         self.file.metadata()

@@ -1,6 +1,6 @@
 //! The interface of a source of drafts.
 
-use paceline_backend::{StepOut, Tap};
+use paceline_backend::{Lane, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_sampling::{Known, Sampler};
 
@@ -16,6 +16,9 @@ pub struct DraftRequest<'a> {
     pub position: usize,
     /// Most tokens wanted, at least 1.
     pub n_max: usize,
+    /// The target's cells of the committed tokens ([`Memory::past`]), for drafters that look at them; they can't change as
+    /// long as this lives.
+    pub past: Lane<'a>,
     /// The request's sampler: [`Sampler::propose`] couples the drafter's choice to the target's by common noise.
     pub sampler: &'a mut Sampler,
 }

@@ -9,6 +9,7 @@
 //! What a drafter remembers of a sequence belongs to that sequence: it is keyed by [`SeqId`], made from rows of
 //! committed tokens only ([`Drafter::commit`]), and forgotten with it.
 
+mod assistant;
 mod dflash;
 mod drafter;
 mod mtp;

@@ -77,7 +77,8 @@ impl Mtp {
                 what: format!("`{arch}.nextn_predict_layers`"),
                 expected: "1, a prediction head in the target's file".to_string(),
                 found: "none".to_string(),
-                hint: "; use a conversion that kept the head (paceline convert does), or another drafter"
+                hint: "; use a conversion that kept the head (paceline convert does), or another drafter; Gemma 4 \
+                       has it in a file of its own, given with -md"
                     .to_string(),
             });
         };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, StateConfig};
+use paceline_backend::{Backend, StateConfig, States};
 use paceline_gguf::Gguf;
 use paceline_models::{ARCHS, Model};
 
@@ -47,7 +47,7 @@ impl DrafterKind {
 
 /// Every drafter; to add one, write its file and add its line.
 pub const DRAFTERS: &[DrafterKind] =
-    &[crate::dflash::KIND, crate::mtp::KIND, crate::small::KIND, crate::ngram::KIND];
+    &[crate::dflash::KIND, crate::mtp::KIND, crate::assistant::KIND, crate::small::KIND, crate::ngram::KIND];
 
 /// Kinds that users of other servers know, and why they are refused.
 const REFUSED: &[(&[&str], &str)] = &[
@@ -113,7 +113,9 @@ pub struct LoadDrafter<'a> {
     pub backend: &'a Arc<dyn Backend>,
     /// The target.
     pub target: &'a dyn Model,
-    /// How its KV is stored.
+    /// Where the target's sequences keep their states, for drafters that look at them.
+    pub target_states: &'a Arc<dyn States>,
+    /// How its own KV is stored.
     pub states: StateConfig,
     /// Most cells that its memory may hold over all sequences.
     pub n_cell_max: usize,

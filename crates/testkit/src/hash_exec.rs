@@ -11,7 +11,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use paceline_backend::{Exec, Lane, PageId, SavedId, SlotId, StateConfig, StateDecl, States, Step, StepOut};
+use paceline_backend::{
+    Exec, Lane, LaneCells, PageId, SavedId, SlotId, StateConfig, StateDecl, States, Step, StepOut,
+};
 
 use crate::{
     HashModel, Token,
@@ -303,7 +305,7 @@ impl Exec for HashExec {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
         // A page list is only there for models with pages.
         if self.model.kind.has_pages() {
-            step.check(self.states.config.page_len);
+            step.check(self.states.config.page_len, LaneCells::Own);
         }
         if !self.model.delay.is_zero() {
             std::thread::sleep(self.model.delay);

@@ -232,7 +232,7 @@ type Matrix = Vec<Vec<f64>>;
 
 impl Exec for ScalarExec {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
-        step.check(self.config.page_len);
+        step.check(self.config.page_len, self.plan.lane_cells());
         let inner = self.inner.clone();
         let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
         for lane in step.lanes {
@@ -492,7 +492,11 @@ impl ScalarExec {
             for (i, row) in lane.rows.clone().enumerate() {
                 let here = lane.n_past + i;
                 let sees = |&cell: &usize| {
-                    let causal = op.mask == BlockMask::Full || cell <= here;
+                    let causal = match op.mask {
+                        BlockMask::Causal => cell <= here,
+                        BlockMask::Full => true,
+                        BlockMask::Past => cell < lane.n_past,
+                    };
                     causal && op.window.is_none_or(|window| cell + window > here)
                 };
                 let cells: Vec<&[Vec<f64>; 2]> = (0..lane.n_past + lane.rows.len())

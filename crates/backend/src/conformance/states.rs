@@ -183,6 +183,20 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
         let (a, b) = (attend(0, mask), attend(1, BlockMask::Causal));
         p.add(a, b)
     };
+    // Queries without keys, as another model would have them: over what is committed, with no page beyond it.
+    let look = move |p: &mut PlanBuilder<'_>, w: &Weights| {
+        let q = p.input(n_q);
+        p.attention(|dst| AttentionOp {
+            state: StateId(1),
+            q,
+            dst,
+            n_head,
+            scale: 0.7,
+            mask: BlockMask::Past,
+            window,
+            sinks: sinks.then(|| w.vector(0).id),
+        })
+    };
     let setup = Setup {
         name: format!(
             "attention {n_head}/{n_head_kv} heads of {head_dim}, {mask:?}, window {window:?}, {kv}"
@@ -190,13 +204,21 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
         tensors: vec![Tensor::vector(random.values(n_head, 3.0))],
         states: vec![StateDecl::Kv { n_head: n_head_kv, head_dim }; 2],
         config: StateConfig { page_len, kv, n_tentative_max: N_TENTATIVE_MAX },
-        plans: vec![&record],
+        plans: vec![&record, &look],
         taps: &[],
     };
     let scalar = ScalarBackend::default();
     let mut rig = Rig::new(&[&scalar, backend], Agree::within(tolerance.other), setup)
         .unwrap_or_else(|error| panic!("attention: {error}"));
-    run(&mut rig, random, &|random| random.values(width, 2.0), &mut |_, _, _| {});
+    run(&mut rig, random, &|random| random.values(width, 2.0), &mut |rig, seq, random| {
+        // The first of two rows sees something, and with a window of 1 neither does.
+        if seq.n_past > 1 && window != Some(1) {
+            let mut past = seq.clone();
+            past.pages.truncate(seq.n_past.div_ceil(page_len));
+            let mut row = || Row { input: random.values(n_q, 2.0), ..Row::default() };
+            rig.step(1, &[Part { seq: &past, rows: vec![row(), row()], n_certain: 0 }]);
+        }
+    });
 }
 
 fn short_conv(

@@ -275,7 +275,8 @@ fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usiz
     let end = match mask {
         BlockMask::Causal => cell + 1,
         BlockMask::Full => lane.n_past + lane.rows.len(),
+        BlockMask::Past => lane.n_past,
     };
     let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
-    start..end
+    start.min(end)..end
 }

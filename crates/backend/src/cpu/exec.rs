@@ -9,7 +9,7 @@ use paceline_kernels::{
     summary::{CHUNK, Summary},
 };
 
-use crate::{Buf, Exec, KvTypes, Op, Plan, RowSummary, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, Lane, LaneCells, Op, Plan, RowSummary, Rows, Step, StepOut, WeightId};
 
 use super::{
     moe::Groups,
@@ -37,6 +37,8 @@ pub(super) struct Kernels {
 /// A plan on the CPU. One serves every number of rows.
 pub(super) struct CpuExec {
     plan: Arc<Plan>,
+    /// What lanes must have pages for.
+    cells: LaneCells,
     tasks: Vec<Task>,
     waves: Vec<Wave>,
     states: CpuStates,
@@ -144,6 +146,11 @@ impl Cx<'_> {
             Rows::Batch => self.step.n_rows(),
             Rows::Output => self.step.outputs.len(),
         }
+    }
+
+    /// The lane that has row `row`.
+    pub fn lane_of(&self, row: usize) -> &Lane<'_> {
+        &self.step.lanes[self.step.lanes.partition_point(|lane| lane.rows.end <= row)]
     }
 
     /// Row `row` of `buf`, to read.
@@ -290,6 +297,7 @@ impl CpuExec {
             waves.push(Wave { tasks: first..tasks.len(), fills, groups });
         }
         CpuExec {
+            cells: plan.lane_cells(),
             plan,
             tasks,
             waves,
@@ -317,7 +325,7 @@ impl CpuExec {
 impl Exec for CpuExec {
     fn run(&mut self, step: &Step<'_>, out: &mut StepOut) {
         let config = crate::States::config(&self.states);
-        step.check(config.page_len);
+        step.check(config.page_len, self.cells);
         let plan = &*self.plan;
         let sizes = plan.arena_width.into_iter().zip([step.n_rows(), step.outputs.len()]);
         for (arena, (width, n)) in self.arenas.iter_mut().zip(sizes) {

@@ -8,10 +8,10 @@
 //! Three shares say how good a figure is: of the read rate (the weights of a step, once, per second), of the arithmetic peak
 //! (products per second), and, in the plot, the larger of the two times that the machine would need at best.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use paceline_backend::StateConfig;
+use paceline_backend::{StateConfig, States};
 use paceline_kernels::roofline::{Point, Roofline};
 use paceline_memory::SeqId;
 use paceline_sampling::{DryBreakers, Sampler, SamplingParams};
@@ -113,11 +113,12 @@ impl<'a> Curve<'a> {
         let page_len = StateConfig::default().page_len;
         let per_sequence = (depth + N[N.len() - 1] + 2 * page_len).next_multiple_of(page_len);
         let n_cell = 2 * (n_slot_max + 1) * per_sequence + N_PREFILL + SHALLOW;
-        let mut drafter = drafter(loaded, depth)?;
+        let states = loaded.target_states(N[N.len() - 1].max(64))?;
+        let mut drafter = drafter(loaded, &states, depth)?;
         let taps = drafter.as_ref().map_or(Vec::new(), |drafter| drafter.taps().to_vec());
 
         let line = progress::words("loading");
-        let mut rig = Rig::new(loaded, &taps, n_cell, N[N.len() - 1].max(64))?;
+        let mut rig = Rig::new(loaded, states, &taps, n_cell)?;
         line.set_message("prefilling");
         let (base, _) = rig.sequence(depth, drafter.as_deref_mut().map(|drafter| drafter as _))?;
         let mut sequences = vec![base];
@@ -183,7 +184,8 @@ impl<'a> Curve<'a> {
             let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
             let mut sampler = Sampler::new(params, n_vocab, DryBreakers::default().into())?;
             let (seq, position, n_max) = (sequences[0], self.args.curve.depth, drafter.n_draft_max());
-            let mut requests = [DraftRequest { seq, anchor: 1, position, n_max, sampler: &mut sampler }];
+            let (past, sampler) = (self.rig.past(seq), &mut sampler);
+            let mut requests = [DraftRequest { seq, anchor: 1, position, n_max, past, sampler }];
             let begin = Instant::now();
             let drafts = drafter.draft(&mut requests);
             keep(&mut cost.draft, begin.elapsed().as_secs_f64());
@@ -387,12 +389,17 @@ impl<'a> Curve<'a> {
 }
 
 /// The first drafter, with room for a sequence of that depth and a few short ones.
-fn drafter(loaded: &Loaded, depth: usize) -> Result<Option<Box<dyn Drafter>>> {
+fn drafter(
+    loaded: &Loaded,
+    target_states: &Arc<dyn States>,
+    depth: usize,
+) -> Result<Option<Box<dyn Drafter>>> {
     let Some((kind, file)) = loaded.drafters.first() else { return Ok(None) };
     Ok(Some((kind.load)(&LoadDrafter {
         file: file.clone(),
         backend: &loaded.backend,
         target: &*loaded.model,
+        target_states,
         states: StateConfig { kv: loaded.sizes.kv_draft, ..StateConfig::default() },
         n_cell_max: depth + 1024,
         n_draft_max: loaded.sizes.n_draft_wanted,

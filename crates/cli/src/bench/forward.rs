@@ -3,10 +3,10 @@
 //! A timed forward runs on a fork of a prepared sequence, which is dropped afterwards: whatever it did to the memory, the next one
 //! finds the same. Forks, and the copies of pages that they need, are made before the clock starts.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, sync::Arc, time::Instant};
 
 use anyhow::{Result, ensure};
-use paceline_backend::{Exec, PlanWork, Step, StepOut, Tap};
+use paceline_backend::{Exec, Lane, PlanWork, States, Step, StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::{Drafter, Kept};
 
@@ -27,9 +27,9 @@ pub struct Rig {
 }
 
 impl Rig {
-    /// A rig for `n_cell` tokens of context and at most `n_row_max` rows of one sequence, with these states tapped.
-    pub fn new(loaded: &Loaded, taps: &[Tap], n_cell: usize, n_row_max: usize) -> Result<Rig> {
-        let (plan, exec, states) = loaded.target(taps, n_row_max)?;
+    /// A rig for `n_cell` tokens of context in `states`, with these hidden states tapped.
+    pub fn new(loaded: &Loaded, states: Arc<dyn States>, taps: &[Tap], n_cell: usize) -> Result<Rig> {
+        let (plan, exec) = loaded.target(taps, &states)?;
         Ok(Rig {
             exec,
             memory: Memory::new(states, n_cell),
@@ -64,6 +64,11 @@ impl Rig {
             self.memory.commit(seq, n);
         }
         Ok((seq, seconds))
+    }
+
+    /// What a sequence has committed, for a drafter to look at.
+    pub fn past(&self, seq: SeqId) -> Lane<'_> {
+        self.memory.past(seq)
     }
 
     /// Forgets a sequence.

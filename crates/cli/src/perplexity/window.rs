@@ -53,7 +53,8 @@ pub struct Windows {
 impl Windows {
     /// For windows of `n_ctx` tokens.
     pub fn new(loaded: &Loaded, n_ctx: usize) -> Result<Windows> {
-        let (_, exec, states) = loaded.target(&[], 1)?;
+        let states = loaded.target_states(1)?;
+        let (_, exec) = loaded.target(&[], &states)?;
         Ok(Windows {
             exec,
             memory: Memory::new(states, n_ctx),

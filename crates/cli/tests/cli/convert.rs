@@ -53,6 +53,41 @@ fn a_prediction_head_is_kept_and_drafts() {
 }
 
 #[test]
+fn an_assistant_is_converted_and_drafts_by_its_targets_cells() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let (target, assistant) = (path("target.gguf"), path("assistant.gguf"));
+    let source = repo_str("goldens/gemma4");
+    paceline(&["convert", &source, &target, "--type", "f32"]).ok();
+    let from = repo_str("goldens/gemma4-assistant");
+    paceline(&["convert", &from, &assistant, "--type", "f32", "--target", &source]).ok();
+    let run = |more: &[&str]| {
+        let args = ["run", "-m", &target, "-p", "hello", "--raw", "-n", "24", "--temp", "0", "--json"];
+        paceline(&[&args[..], more].concat()).json()
+    };
+    let plain = run(&[]);
+    // By the name that it has elsewhere, by its own, by its file alone, and by a flag of a fork.
+    for more in [
+        &["--spec-type", "draft-mtp", "-md", &assistant][..],
+        &["--spec-type", "gemma4-assistant", "-md", &assistant],
+        &["-md", &assistant],
+        &["--mtp-head", &assistant],
+        &["--spec-type", "mtp,ngram", "-md", &assistant],
+    ] {
+        let drafted = run(&[more, &["--draft-fixed"]].concat());
+        assert_eq!(plain["tokens"], drafted["tokens"], "{more:?}");
+        assert_eq!(drafted["speculation"]["drafter"], "gemma4-assistant", "{more:?}");
+        assert_eq!(drafted["speculation"]["by_position"].as_array().map(Vec::len), Some(3), "its own habit");
+    }
+    paceline(&["run", "-m", &target, "-p", "x", "--spec-type", "draft-mtp"])
+        .fails_with(&["nextn_predict_layers", "-md"]);
+    let contract = paceline(&["inspect", &assistant, "--target", &target]).ok();
+    assert!(contract.contains("full of 4"), "{contract}");
+    let alone = paceline(&["inspect", &assistant]).ok();
+    assert!(alone.contains("target width 44, ") && alone.contains("embedding target's, head own"), "{alone}");
+}
+
+#[test]
 fn refusals() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("x.gguf");

@@ -30,23 +30,23 @@ const FULL: &str = "full_attention";
 const STILL: f32 = 1e30;
 
 /// A layer's sizes.
-struct Layer {
+pub(super) struct Layer {
     sliding: bool,
     head_dim: usize,
     n_head_kv: usize,
     n_ff: usize,
     /// Whether it has keys and values of its own.
-    owns_kv: bool,
+    pub(super) owns_kv: bool,
 }
 
-struct Sizes {
-    n_embd: usize,
+pub(super) struct Sizes {
+    pub(super) n_embd: usize,
     n_head: usize,
     /// Width of each layer's own embedding; 0 for none.
-    n_per_layer: usize,
+    pub(super) n_per_layer: usize,
     k_eq_v: bool,
     experts: Option<Experts>,
-    layers: Vec<Layer>,
+    pub(super) layers: Vec<Layer>,
 }
 
 struct Experts {
@@ -56,12 +56,11 @@ struct Experts {
 }
 
 fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
-    let act = config.opt_str("hidden_activation")?.unwrap_or("gelu_pytorch_tanh");
-    config.refuse("hidden_activation", act != "gelu_pytorch_tanh", "`gelu_pytorch_tanh`")?;
-    config.refuse("attention_bias", config.flag("attention_bias")?, "no biases")?;
-    let both_ways = config.opt_str("use_bidirectional_attention")? == Some("all");
-    config.refuse("use_bidirectional_attention", both_ways, "a text model that looks back only")?;
     let sizes = Sizes::read(config)?;
+    if sizes.layers.iter().all(|layer| !layer.owns_kv) {
+        let expected = format!("less than {} layers", sizes.layers.len());
+        return Err(config.error("num_kv_shared_layers", expected, ""));
+    }
     let n_vocab = config.usize("vocab_size")?;
     recipe.n_vocab = n_vocab;
     write_keys(recipe, config, &sizes)?;
@@ -94,7 +93,13 @@ fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(),
 }
 
 impl Sizes {
-    fn read(config: &Config) -> Result<Sizes, Error> {
+    /// Reads and checks what this family has in common.
+    pub(super) fn read(config: &Config) -> Result<Sizes, Error> {
+        let act = config.opt_str("hidden_activation")?.unwrap_or("gelu_pytorch_tanh");
+        config.refuse("hidden_activation", act != "gelu_pytorch_tanh", "`gelu_pytorch_tanh`")?;
+        config.refuse("attention_bias", config.flag("attention_bias")?, "no biases")?;
+        let both_ways = config.opt_str("use_bidirectional_attention")? == Some("all");
+        config.refuse("use_bidirectional_attention", both_ways, "a text model that looks back only")?;
         let (n_layer, n_head) = (config.usize("num_hidden_layers")?, config.usize("num_attention_heads")?);
         let kinds = config.opt_strings("layer_types")?.unwrap_or_default();
         if kinds.len() != n_layer || kinds.iter().any(|kind| ![SLIDING, FULL].contains(kind)) {
@@ -110,8 +115,8 @@ impl Sizes {
         let wide = if config.flag("use_double_wide_mlp")? { 2 } else { 1 };
         // Absent and 0 mean none.
         let n_reader = config.get("num_kv_shared_layers").and_then(|n| n.as_u64()).unwrap_or(0) as usize;
-        if n_reader >= n_layer {
-            return Err(config.error("num_kv_shared_layers", format!("less than {n_layer} layers"), ""));
+        if n_reader > n_layer {
+            return Err(config.error("num_kv_shared_layers", format!("at most {n_layer} layers"), ""));
         }
         let mut layers = Vec::with_capacity(n_layer);
         for (il, kind) in kinds.iter().enumerate() {
@@ -162,7 +167,7 @@ impl Sizes {
     }
 }
 
-fn write_keys(recipe: &mut Recipe, config: &Config, sizes: &Sizes) -> Result<(), Error> {
+pub(super) fn write_keys(recipe: &mut Recipe, config: &Config, sizes: &Sizes) -> Result<(), Error> {
     let layers = &sizes.layers;
     recipe.size_key("block_count", layers.len());
     recipe.size_key("context_length", config.usize("max_position_embeddings")?);
@@ -232,7 +237,7 @@ fn per_layer_key(recipe: &mut Recipe, key: &str, sizes: impl Iterator<Item = usi
     }
 }
 
-fn layer_tensors(
+pub(super) fn layer_tensors(
     recipe: &mut Recipe,
     sizes: &Sizes,
     il: usize,

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
+use paceline_backend::{Backend, PlanBuilder, StateConfig, States, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_engine::{
     CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut,
@@ -48,12 +48,13 @@ impl Pair {
     }
 
     /// The name is one of a kind, and may be an alias.
-    pub fn drafter(&self, name: &str) -> Box<dyn Drafter> {
+    pub fn drafter(&self, name: &str, target_states: &Arc<dyn States>) -> Box<dyn Drafter> {
         let kind = kind(name).unwrap();
         (kind.load)(&LoadDrafter {
             file: self.files.get(name).unwrap_or(&self.target).clone(),
             backend: &self.backend,
             target: &*self.model,
+            target_states,
             states: StateConfig::default(),
             n_cell_max: 1 << 14,
             n_draft_max: Some(5),
@@ -66,11 +67,12 @@ impl Pair {
     }
 
     pub fn caching(&self, drafters: &[&str], n_slot: usize, plans: bool, cache: CacheConfig) -> Engine {
-        let drafters: Vec<Box<dyn Drafter>> = drafters.iter().map(|name| self.drafter(name)).collect();
+        let states = self.backend.alloc_states(self.model.states(), StateConfig::default()).unwrap();
+        let drafters: Vec<Box<dyn Drafter>> =
+            drafters.iter().map(|name| self.drafter(name, &states)).collect();
         let taps = TapUnion::of(&drafters);
         let mut p = PlanBuilder::new(taps.taps());
         let logits = self.model.record(&mut p);
-        let states = self.backend.alloc_states(self.model.states(), StateConfig::default()).unwrap();
         let exec = self.backend.compile(Arc::new(p.finish(Some(logits))), &states).unwrap();
         let n_vocab = self.model.hparams().n_vocab;
         let target = Target { exec, memory: Memory::new(states, 1 << 14), n_vocab };

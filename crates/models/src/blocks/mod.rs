@@ -10,6 +10,7 @@ pub mod mlp;
 pub mod moe;
 pub mod nextn;
 pub mod per_layer;
+pub mod sandwich;
 
 pub use attention::{Attention, AttentionShape, Values};
 pub use decoder::Decoder;
@@ -21,3 +22,4 @@ pub use mlp::{Act, Mlp};
 pub use moe::{Moe, MoeShape};
 pub use nextn::NextN;
 pub use per_layer::{PerLayerEmbedding, PerLayerInput};
+pub use sandwich::{Sandwich, SandwichShape};

@@ -257,10 +257,7 @@ impl Contract {
             .layers
             .iter()
             .map(|layer| {
-                let kind = match layer.block {
-                    BlockMask::Causal => "causal",
-                    BlockMask::Full => "full",
-                };
+                let kind = layer.block;
                 layer.window.map_or(kind.to_string(), |window| format!("{kind}/{window}"))
             })
             .collect();

@@ -350,10 +350,12 @@ fn the_targets_ends_are_shared_not_copied() {
     let target = paceline_models::load(&Target::golden().file, &backend).unwrap();
     let of_target = listing.1.lock().unwrap().len();
     let parts = upstream();
+    let states = backend.alloc_states(target.states(), STATES).unwrap();
     let request = LoadDrafter {
         file: parts.file(),
         backend: &backend,
         target: &*target,
+        target_states: &states,
         states: STATES,
         n_cell_max: 4096,
         n_draft_max: None,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use paceline_sampling::{Sampler, SamplingParams};
 use paceline_spec::{Draft, DraftRequest};
 
-use crate::rig::{BLOCK, N_VOCAB, Point, Rig, draft, follows};
+use crate::rig::{BLOCK, N_VOCAB, Point, Rig, draft, follows, no_past};
 
 fn check(name: &str) {
     let mut rig = Rig::new(name);
@@ -78,6 +78,7 @@ fn a_sampled_draft_uses_the_noise_of_its_positions() {
                 anchor: point.anchor,
                 position: point.n,
                 n_max: BLOCK - 1,
+                past: no_past(),
                 sampler: &mut own,
             };
             let got = rig.drafter.draft(&mut [request]).remove(0);

@@ -2,7 +2,9 @@
 
 use std::sync::{Arc, OnceLock};
 
-use paceline_backend::{Backend, Buf, KvType, KvTypes, PlanBuilder, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_backend::{
+    Backend, Buf, KvType, KvTypes, Lane, PlanBuilder, StateConfig, StateDecl, States, cpu::CpuBackend,
+};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_gguf::{GgmlType, Gguf, Metadata, Value, to_bytes};
 use paceline_memory::Memory;
@@ -180,6 +182,7 @@ impl Target {
             logit_cap: None,
         };
         let hparams = Hparams {
+            arch: "ends".to_string(),
             n_layer,
             n_embd,
             n_vocab,
@@ -201,8 +204,21 @@ impl Target {
 
     /// A drafter that may hold `n_cell_max` rows over all sequences.
     pub fn load_with_room(&self, file: Arc<Gguf>, n_cell_max: usize) -> Result<Box<dyn Drafter>, LoadError> {
-        let (backend, target) = (&self.backend, &*self.model);
-        load(&LoadDrafter { file, backend, target, states: STATES, n_cell_max, n_draft_max: None })
+        let (backend, target, target_states) = (&self.backend, &*self.model, &self.states());
+        load(&LoadDrafter {
+            file,
+            backend,
+            target,
+            target_states,
+            states: STATES,
+            n_cell_max,
+            n_draft_max: None,
+        })
+    }
+
+    /// A store for the target's sequences.
+    pub fn states(&self) -> Arc<dyn States> {
+        self.backend.alloc_states(self.model.states(), STATES).unwrap()
     }
 }
 
@@ -252,6 +268,11 @@ pub fn greedy(n_vocab: usize) -> Sampler {
     Sampler::new(params, n_vocab, Arc::default()).unwrap()
 }
 
+/// The cells of a target that nobody ran, for drafters that don't look at them.
+pub fn no_past() -> Lane<'static> {
+    Lane { rows: 0..1, n_past: 0, n_certain: 1, pages: &[], slot: None }
+}
+
 /// Greedy drafts of up to `n_max` tokens behind (sequence, committed tokens, anchor).
 pub fn draft(
     drafter: &mut dyn Drafter,
@@ -263,7 +284,10 @@ pub fn draft(
     let mut requests: Vec<DraftRequest<'_>> = asked
         .iter()
         .zip(&mut samplers)
-        .map(|(&(seq, position, anchor), sampler)| DraftRequest { seq, anchor, position, n_max, sampler })
+        .map(|(&(seq, position, anchor), sampler)| {
+            let past = no_past();
+            DraftRequest { seq, anchor, position, n_max, past, sampler }
+        })
         .collect();
     drafter.draft(&mut requests)
 }

@@ -23,6 +23,7 @@ fn load(target: &Target, n_cell_max: usize) -> Result<Box<dyn Drafter>, LoadErro
         file: target.file.clone(),
         backend: &target.backend,
         target: &*target.model,
+        target_states: &target.states(),
         states: STATES,
         n_cell_max,
         n_draft_max: Some(N_DRAFT),

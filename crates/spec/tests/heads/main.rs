@@ -4,6 +4,7 @@
 #[allow(dead_code, reason = "shared with the tests of another drafter")]
 mod rig;
 
+mod assistant;
 mod copies;
 mod head;
 mod small;

@@ -19,9 +19,10 @@ fn target(name: &str) -> Target {
 }
 
 fn small(target: &Target, n_cell_max: usize) -> Box<dyn Drafter> {
-    let (file, backend, target) = (target.file.clone(), &target.backend, &*target.model);
-    let n_draft_max = Some(N_DRAFT);
-    load(&LoadDrafter { file, backend, target, states: STATES, n_cell_max, n_draft_max }).unwrap()
+    let (file, backend, target_states) = (target.file.clone(), &target.backend, &target.states());
+    let (target, n_draft_max) = (&*target.model, Some(N_DRAFT));
+    load(&LoadDrafter { file, backend, target, target_states, states: STATES, n_cell_max, n_draft_max })
+        .unwrap()
 }
 
 /// `n` greedy tokens behind `tokens`.
@@ -167,6 +168,7 @@ fn another_vocabulary_is_refused() {
         file: other.file.clone(),
         backend: &target.backend,
         target: &*target.model,
+        target_states: &target.states(),
         states: STATES,
         n_cell_max: 64,
         n_draft_max: None,
