@@ -6,7 +6,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
 use paceline_convert::{ConvertOptions, convert};
 use paceline_engine::{
-    CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut,
+    CacheConfig, CheckedSnapshot, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, TokenOut,
 };
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
@@ -287,7 +287,7 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
             }
             let saved = (0..2).find_map(|slot| warm.save(slot).ok()).unwrap();
             let mut other = new(CacheConfig::default());
-            let restored = other.restore(0, &saved.bytes).unwrap();
+            let restored = other.restore(0, &CheckedSnapshot::new(saved.bytes.clone()).unwrap()).unwrap();
             assert!(restored.serves_drafts, "{drafters:?}");
             assert_eq!(other.save(0).unwrap(), saved, "nothing is lost on the way");
             // Another seed, so another answer.

@@ -5,11 +5,13 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use paceline_engine::{CacheConfig, Finish, Request, RequestError, RequestId, SpeculationNote};
+use paceline_engine::{
+    CacheConfig, CheckedSnapshot, Finish, Request, RequestError, RequestId, SpeculationNote,
+};
 use paceline_sampling::SamplingParams;
 use paceline_spec::Ngram;
 use paceline_testkit::{Accept, Forks, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
-use world::{Prices, Sizes, World, watched};
+use world::{Prices, Sizes, World, shelf::Folder, watched};
 
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz \n.";
 
@@ -98,6 +100,42 @@ fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
     Some(drafter.forking(forks))
 }
 
+/// What clients may do with slots between steps: save, restore, erase; and what a server does that is about to stop.
+fn meddle(
+    rng: &mut Rng,
+    world: &mut World,
+    files: &mut Vec<Vec<u8>>,
+    n_slot: usize,
+    seen: &mut BTreeMap<&'static str, usize>,
+) {
+    let slot = rng.range(0..n_slot);
+    match rng.range(0..8) {
+        0..3 => {
+            let saved = world.engine.save(slot);
+            *seen.entry("saved").or_default() += usize::from(saved.is_ok());
+            files.extend(saved.ok().map(|saved| saved.bytes));
+        }
+        3..6 if !files.is_empty() => {
+            let mut file = rng.pick(files).clone();
+            if rng.chance(0.2) {
+                let at = rng.range(0..file.len());
+                file[at] ^= 1 << rng.range(0..8);
+                assert!(CheckedSnapshot::new(file).is_err(), "damage is seen");
+                return;
+            }
+            let file = CheckedSnapshot::new(file).expect("what was saved");
+            let restored = world.engine.restore(slot, &file);
+            *seen.entry("restored").or_default() += usize::from(restored.is_ok());
+        }
+        6 => {
+            let erased = world.engine.erase(slot);
+            *seen.entry("erased").or_default() += usize::from(erased.is_ok_and(|e| e.n_snapshot > 0));
+        }
+        7 if rng.chance(0.3) => world.engine.put_away(),
+        _ => {}
+    }
+}
+
 /// Runs one life; adds what happened in it to `seen`.
 fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
     let _seeded = Seeded::new("a simulated engine", seed);
@@ -128,6 +166,14 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
     });
     *seen.entry("several drafters").or_default() += usize::from(watchful.len() > 1);
     let mut world = World::several(model.clone(), watchful, sizes, prices);
+
+    let folder = Folder::default();
+    if rng.chance(0.5) {
+        let (seed, n_fault) = (rng.bits(), *rng.pick(&[0, 0, 3]));
+        let n_byte_max = *rng.pick(&[3000, 20_000, 1 << 40]);
+        world = world.with_shelf(folder.shelf(seed, n_fault), n_byte_max);
+    }
+    let mut files: Vec<Vec<u8>> = Vec::new();
 
     let n_request = rng.range(1..13);
     let mut arrivals: Vec<(usize, Request)> = Vec::new();
@@ -178,9 +224,19 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                 world.cancel(id);
             }
         }
+        if rng.chance(0.1) {
+            meddle(&mut rng, &mut world, &mut files, sizes.n_slot, seen);
+        }
         world.step();
     }
     let (parked, evicted) = (world.engine.counters().n_parked, world.engine.cache_usage().n_evicted);
+    world.rest();
+    let shelf = world.engine.cache_usage().shelf.unwrap_or_default();
+    assert_eq!(shelf.bytes, folder.bytes() as u64, "what is reckoned is there");
+    *seen.entry("written to the shelf").or_default() += shelf.n_stored as usize;
+    *seen.entry("not written").or_default() += shelf.n_not_stored as usize;
+    *seen.entry("fetched from the shelf").or_default() += shelf.n_fetched as usize;
+    *seen.entry("removed from the shelf").or_default() += shelf.n_removed as usize;
     *seen.entry("parked").or_default() += parked as usize;
     *seen.entry("evicted").or_default() += evicted as usize;
     world.check();
@@ -219,6 +275,6 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
 fn every_request_gets_what_it_gets_alone() {
     let mut seen = BTreeMap::new();
     (0..1200).for_each(|seed| simulate(seed, &mut seen));
-    assert_eq!(seen.len(), 15, "{seen:?}");
+    assert_eq!(seen.len(), 22, "{seen:?}");
     assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
 }
