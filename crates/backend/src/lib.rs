@@ -176,11 +176,11 @@ pub trait States: Send + Sync {
     fn saved_bytes(&self) -> usize;
     /// Returns the storage of `saved` to the system.
     fn saved_release(&self, saved: SavedId);
-    /// Appends all of `page` to `out`, always the same number of bytes.
+    /// Appends all of `page` to `out`, [`page_bytes`](Self::page_bytes) bytes.
     fn page_export(&self, page: PageId, out: &mut Vec<u8>);
     /// Fills `page`, which has storage, with what an export gave. False, and nothing changed, if the length is wrong.
     fn page_import(&self, page: PageId, bytes: &[u8]) -> bool;
-    /// Appends `saved` to `out`, always the same number of bytes.
+    /// Appends `saved` to `out`, [`saved_bytes`](Self::saved_bytes) bytes.
     fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>);
     /// Makes `saved`, which has no storage yet, of what an export gave. False, and nothing made, if the length is wrong.
     fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool;

@@ -4,7 +4,6 @@ use std::{
     fs,
     net::{TcpListener, ToSocketAddrs},
     path::PathBuf,
-    sync::Arc,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};

@@ -18,7 +18,7 @@ use paceline_spec::Drafter;
 use crate::{
     Token,
     radix::{NodeId, Radix},
-    shelf::{Archive, ShelfId, ShelfUsage, conversation},
+    shelf::{Archive, N_TOKEN_MIN, ShelfId, ShelfUsage, conversation},
     snapshot_file::{CheckedSnapshot, Part, RestoreError, SnapshotFile, SnapshotWriter},
 };
 
@@ -235,8 +235,12 @@ impl Cache {
     /// How many of `tokens` a request that goes on from them would begin with.
     pub fn n_reach(&self, tokens: &[Token], wanted: Members, stores: &Stores<'_>) -> usize {
         let fit = |s: &Snapshot| s.members.covers(wanted).then_some(s.used_at);
-        let mut all = candidates(&self.tree, tokens, tokens.len(), self.enters_anywhere(stores), fit);
-        all.next().map_or(0, |(_, len)| len)
+        let anywhere = self.enters_anywhere(stores);
+        let here =
+            candidates(&self.tree, tokens, tokens.len(), anywhere, fit).next().map_or(0, |(_, len)| len);
+        let archive = self.archive.as_ref();
+        let there = archive.and_then(|archive| archive.find(tokens, tokens.len(), wanted, anywhere));
+        here.max(there.map_or(0, |(_, len)| len))
     }
 
     fn fork(&self, node: NodeId, len: usize, wanted: Members, stores: &mut Stores<'_>) -> Option<SeqId> {
@@ -458,9 +462,9 @@ impl Cache {
         stores: &Stores<'_>,
     ) -> Option<ShelfId> {
         let archive = self.archive.as_ref()?;
-        let n_min = n_have + crate::shelf::N_TOKEN_MIN;
-        let id = archive.find(tokens, n_min, n_max, wanted, self.enters_anywhere(stores))?;
-        (archive.n_byte(id) <= self.config.n_byte_max as u64).then_some(id)
+        let (id, len) = archive.find(tokens, n_max, wanted, self.enters_anywhere(stores))?;
+        let is_worth = len >= n_have + N_TOKEN_MIN && archive.n_byte(id) <= self.config.n_byte_max as u64;
+        is_worth.then_some(id)
     }
 
     /// Asks for a file. False if so many are on their way that it has to be asked again.

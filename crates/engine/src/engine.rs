@@ -265,13 +265,16 @@ struct Queued {
     waiting: Waiting,
     /// The file with a part of its prompt, until it has come.
     fetching: Option<ShelfId>,
-    /// A file was asked for. It is not asked for again: what comes may be dropped for others, and come, and be dropped.
-    has_fetched: bool,
+    /// Files that were asked for. What comes may be dropped for others before there is a slot, so it is asked again, but not
+    /// for ever.
+    n_fetch: usize,
+    /// It waits for what another request computes.
+    awaits_twin: bool,
 }
 
 impl Queued {
     fn new(waiting: Waiting) -> Queued {
-        Queued { waiting, fetching: None, has_fetched: false }
+        Queued { waiting, fetching: None, n_fetch: 0, awaits_twin: false }
     }
 }
 
@@ -310,11 +313,14 @@ impl Waiting {
 /// right before them.
 const N_TAIL_MAX: usize = 64;
 
-/// Shared tokens behind which prompts have parted that are worth a snapshot.
+/// Tokens behind what is cached already that are worth a snapshot.
 const N_BRANCH_MIN: usize = 16;
 
-/// Tokens that another request is computing, for which one that has them too waits.
+/// Tokens that another request is computing, for which one that has them too begins to wait.
 const N_AWAIT_MIN: usize = 64;
+
+/// Files that are fetched for one request.
+const N_FETCH_MAX: usize = 3;
 
 impl Engine {
     /// An engine that serves `target`, guessing with `drafters`: none, one, or whichever is best for a slot. The
@@ -572,12 +578,14 @@ impl Engine {
     }
 
     fn awaits_shelf(&mut self, at: usize, n_have: usize, wanted: Members) -> bool {
+        let n_free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        let n_before = self.waiting.iter().take(at).filter(|queued| queued.fetching.is_some()).count();
         let queued = &mut self.waiting[at];
         if queued.fetching.is_some_and(|id| self.cache.is_fetching(id)) {
             return true;
         }
         queued.fetching = None;
-        if queued.has_fetched {
+        if queued.n_fetch >= N_FETCH_MAX {
             return false;
         }
         let tokens = queued.waiting.tokens();
@@ -585,21 +593,27 @@ impl Engine {
         let Some(id) = self.cache.on_shelf(tokens, n_have, tokens.len() - 1, wanted, &stores) else {
             return false;
         };
-        if self.cache.fetch(id) {
-            (queued.fetching, queued.has_fetched) = (Some(id), true);
+        // Without a slot for it, it would have to wait here, where others may need the room.
+        if n_before < n_free && self.cache.fetch(id) {
+            queued.fetching = Some(id);
+            queued.n_fetch += 1;
         }
         true
     }
 
     /// Requests with one prompt that come together compute it once: the others wait for the first one's snapshot.
     fn awaits_twin(&mut self, at: usize, n_have: usize, wanted: Members) -> bool {
-        let tokens = self.waiting[at].waiting.tokens();
+        let queued = &mut self.waiting[at];
+        let n_min = n_have + if queued.awaits_twin { 1 } else { N_AWAIT_MIN };
+        queued.awaits_twin = false;
+        let tokens = queued.waiting.tokens();
         let is_drawn = |active: &Active| active.caches && followers(active).covers(wanted);
         for active in self.slots.iter_mut().flatten().filter(|active| is_drawn(active)) {
             let n = n_common(&active.tokens[..active.stats.n_prompt], tokens).min(tokens.len() - 1);
-            if n > active.n_computed && n >= n_have + N_AWAIT_MIN {
+            if n > active.n_computed && n >= n_min {
                 // There is a snapshot at the end of what both have, or one is taken.
                 active.add_cut(n);
+                queued.awaits_twin = true;
                 return true;
             }
         }
@@ -674,7 +688,8 @@ impl Engine {
         cuts.extend(Some(self.cache.n_shared(&active.tokens)).filter(|&m| m >= n_cached + N_BRANCH_MIN));
         let n_step = n.checked_div(config.n_step).unwrap_or(0);
         cuts.extend((1..=n_step).rev().take(config.n_step_max).map(|i| i * config.n_step));
-        cuts.retain(|&cut| cut > n_cached && cut < n);
+        // A cut costs a forward; close behind what is cached it would save less than one.
+        cuts.retain(|&cut| cut >= n_cached + N_BRANCH_MIN && cut < n);
         cuts.sort_unstable_by(|a, b| b.cmp(a));
         cuts.dedup();
         active.cuts = cuts;

@@ -216,19 +216,18 @@ impl Archive {
         true
     }
 
-    /// The file with the longest first part of `tokens` that is exact for drafters `wanted`, and how many tokens: at least
-    /// `n_min` and at most `n_max`.
+    /// The file with the longest beginning of `tokens`, of at most `n_max`, that is exact for drafters `wanted`, and how many
+    /// tokens that is.
     pub fn find(
         &self,
         tokens: &[Token],
-        n_min: usize,
         n_max: usize,
         wanted: Members,
         anywhere: bool,
-    ) -> Option<ShelfId> {
+    ) -> Option<(ShelfId, usize)> {
         let fit = |entry: &Entry| entry.members.covers(wanted).then_some(entry.used as f64);
         let (node, len) = candidates(&self.index, tokens, n_max, anywhere, fit).next()?;
-        (len >= n_min).then(|| self.index.get(node).map(|entry| entry.id)).flatten()
+        self.index.get(node).map(|entry| (entry.id, len))
     }
 
     /// True if another file may be asked for.
@@ -248,9 +247,12 @@ impl Archive {
         self.fetching.contains(&id)
     }
 
-    /// The bytes of a file.
+    /// About the bytes that a file takes in memory: the tokens in its head take none.
     pub fn n_byte(&self, id: ShelfId) -> u64 {
-        self.nodes.get(&id).and_then(|&node| self.index.get(node)).map_or(0, |entry| entry.n_byte)
+        let Some(&node) = self.nodes.get(&id) else { return 0 };
+        let n_token = self.index.depth(node) as u64;
+        let n_file = self.index.get(node).map_or(0, |entry| entry.n_byte);
+        n_file.saturating_sub(n_token * size_of::<Token>() as u64)
     }
 
     /// True if a snapshot of these tokens should be written. One that is there already counts as used.

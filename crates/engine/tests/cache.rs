@@ -268,7 +268,7 @@ fn what_is_saved_can_be_restored_elsewhere() {
         assert_eq!((told.ids(), warm), cold(kind, Forks::Anywhere, next), "{kind:?}");
         assert_eq!(restore(&mut after, 0, &saved.bytes).unwrap(), restored, "again is no harm");
         let erased = after.engine.erase(0).unwrap();
-        assert!(erased.n_token > saved.n_token && erased.n_snapshot > 0, "{erased:?}");
+        assert!(erased.n_token == saved.n_token && erased.n_snapshot > 0, "{erased:?}");
         assert!(matches!(after.engine.save(0), Err(SaveError::Empty { slot: 0, .. })));
         after.check();
 
@@ -367,7 +367,9 @@ fn what_has_no_room_lies_on_the_shelf() {
     for kind in HashKind::ALL {
         for n_slot in [1, 2, 4, 8] {
             let folder = Folder::default();
-            let cache = CacheConfig { n_byte_max: 6000, ..Sizes::ROOMY.cache };
+            // Recurrent states are small.
+            let n_byte_max = if kind == HashKind::Recurrent { 1000 } else { 6000 };
+            let cache = CacheConfig { n_byte_max, ..Sizes::ROOMY.cache };
             let sizes = Sizes { n_slot, cache, ..Sizes::ROOMY };
             let new = |seed| world(kind, Forks::Anywhere, sizes).with_shelf(folder.shelf(seed, 0), 1 << 40);
             let mut first = new(1);
@@ -421,7 +423,8 @@ fn what_has_no_room_lies_on_the_shelf() {
 fn erased_is_forgotten() {
     for kind in HashKind::ALL {
         let folder = Folder::default();
-        let cache = CacheConfig { n_byte_max: 5000, ..Sizes::ROOMY.cache };
+        // Room for one of the two.
+        let cache = CacheConfig { n_byte_max: 9000, ..Sizes::ROOMY.cache };
         let sizes = Sizes { n_slot: 2, cache, ..Sizes::ROOMY };
         let mut world = world(kind, Forks::Anywhere, sizes).with_shelf(folder.shelf(1, 0), 1 << 40);
         let system = "you are a cat that can talk, and this is the house where you live. ";

@@ -18,7 +18,8 @@ use paceline_testkit::{Rng, Seeded, goldens_dir, letters_vocab};
 fn converted(name: &str) -> Arc<Gguf> {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.gguf");
-    let target_dir = name.starts_with("dflash").then(|| goldens_dir().join("qwen35"));
+    let target = if name == "dflash-gemma4" { "gemma4" } else { "qwen35" };
+    let target_dir = name.starts_with("dflash").then(|| goldens_dir().join(target));
     convert(&ConvertOptions { target_dir, ..ConvertOptions::new(goldens_dir().join(name), &out) }, |_| {})
         .unwrap();
     Arc::new(Gguf::from_bytes(name, std::fs::read(&out).unwrap()).unwrap())
@@ -236,7 +237,10 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
     let files = [("draft", "qwen35-mtp"), ("dflash", "dflash")];
     let (hybrid, dense) = (Pair::new("qwen35-mtp", &files[..1]), Pair::new("llama", &[("draft", "llama")]));
     let dflash = Pair::new("qwen35", &files[1..]);
-    let lists: [(&Pair, &[&str]); 9] = [
+    let qwen3 = Pair::new("qwen3", &[("draft", "qwen3")]);
+    // Layers with a window, shorter than most of these prompts.
+    let windowed = Pair::new("gemma4", &[("draft", "gemma4"), ("dflash", "dflash-gemma4")]);
+    let lists: [(&Pair, &[&str]); 14] = [
         (&hybrid, &["draft-mtp"]),
         (&hybrid, &["ngram-simple"]),
         (&hybrid, &["draft"]),
@@ -246,9 +250,15 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
         (&dense, &["draft", "ngram-simple"]),
         (&dflash, &["dflash"]),
         (&dflash, &["dflash", "ngram-simple"]),
+        (&qwen3, &["draft"]),
+        (&windowed, &[]),
+        (&windowed, &["draft"]),
+        (&windowed, &["dflash"]),
+        (&windowed, &["dflash", "ngram-simple"]),
     ];
-    for (pair, drafters) in lists {
-        let new = |cache| pair.caching(drafters, 2, false, cache);
+    for (i, (pair, drafters)) in lists.into_iter().enumerate() {
+        let n_slot = [2, 1, 4, 8][i % 4];
+        let new = |cache| pair.caching(drafters, n_slot, false, cache);
         let cold = |request: &Request| {
             serve(&mut new(CacheConfig::OFF), std::slice::from_ref(request), &[]).remove(&request.id).unwrap()
         };
@@ -285,7 +295,7 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
                     }
                 }
             }
-            let saved = (0..2).find_map(|slot| warm.save(slot).ok()).unwrap();
+            let saved = (0..n_slot).find_map(|slot| warm.save(slot).ok()).unwrap();
             let mut other = new(CacheConfig::default());
             let restored = other.restore(0, &CheckedSnapshot::new(saved.bytes.clone()).unwrap()).unwrap();
             assert!(restored.serves_drafts, "{drafters:?}");
