@@ -143,41 +143,41 @@ def prompt_of(server, n, seed):
 def chat(args):
     context = ["-c", str(args.tokens + 2048), "-np", "1"]
     greedy = {"temperature": 0, "max_tokens": args.answer, "seed": 1}
-    runs = {}
-    build = ""
-    for name, flags in [("on", []), ("off", ["--no-cache-prompt", "--cache-ram", "0"])]:
-        with Server(args, [*context, *flags]) as server:
-            build = server.build()
-            per_word = len(server.tokens(words(2000, "rate"))) / 2000
-            n_word = int((args.tokens / args.turns - args.answer - 16) / per_word)
-            messages, runs[name] = [], []
-            for turn in range(args.turns):
-                messages.append({"role": "user", "content": words(n_word, f"turn {turn}")})
-                seconds, text, last = server.stream("/v1/chat/completions", {**greedy, "messages": messages})
-                timings = last["timings"]
-                runs[name].append(
-                    {
-                        "turn": turn + 1,
-                        "reused": timings["cache_n"],
-                        "computed": timings["prompt_n"],
-                        "ttft_ms": seconds * 1e3,
-                        "text": text,
-                    }
-                )
-                messages.append({"role": "assistant", "content": text})
-    same = [on["text"] == off["text"] for on, off in zip(runs["on"], runs["off"])]
-    rows = [
-        [on["turn"], on["reused"] + on["computed"], on["reused"], on["computed"], f"{on['ttft_ms']:.0f}",
-         f"{on['ttft_ms'] / on['computed']:.3f}", off["computed"], f"{off['ttft_ms']:.0f}"]
-        for on, off in zip(runs["on"], runs["off"])
-    ]
+
+    def ask(server, messages, turn):
+        seconds, text, last = server.stream("/v1/chat/completions", {**greedy, "messages": messages})
+        timings = last["timings"]
+        return {"turn": turn, "reused": timings["cache_n"], "computed": timings["prompt_n"],
+                "ttft_ms": seconds * 1e3, "text": text}
+
+    on, off, history = [], [], []
+    with Server(args, context) as server:
+        build = server.build()
+        per_word = len(server.tokens(words(2000, "rate"))) / 2000
+        n_word = int((args.tokens / args.turns - args.answer - 16) / per_word)
+        messages = []
+        for turn in range(1, args.turns + 1):
+            messages.append({"role": "user", "content": words(n_word, f"turn {turn}")})
+            history.append(list(messages))
+            on.append(ask(server, messages, turn))
+            messages.append({"role": "assistant", "content": on[-1]["text"]})
+    with Server(args, [*context, "--no-cache-prompt", "--cache-ram", "0"]) as server:
+        turns = [turn for turn in range(1, args.turns + 1) if turn % args.every == 0]
+        off = [ask(server, history[turn - 1], turn) for turn in turns]
+    same = [one["text"] == on[one["turn"] - 1]["text"] for one in off]
+    beside = {one["turn"]: one for one in off}
+    rows = []
+    for one in on:
+        other = beside.get(one["turn"])
+        rows.append([one["turn"], one["reused"] + one["computed"], one["reused"], one["computed"],
+                     f"{one['ttft_ms']:.0f}", f"{one['ttft_ms'] / one['computed']:.3f}",
+                     other["computed"] if other else "", f"{other['ttft_ms']:.0f}" if other else ""])
     table(["turn", "prompt", "reused", "computed", "first token ms", "ms per computed token",
            "computed, no cache", "first token ms, no cache"], rows)
     print(f"\nanswers equal with and without cache: {sum(same)} of {len(same)}")
-    for run in runs.values():
-        for turn in run:
-            del turn["text"]
-    return {"build": build, "turns": runs, "equal": sum(same)}, all(same)
+    for one in on + off:
+        del one["text"]
+    return {"build": build, "on": on, "off": off, "equal": sum(same)}, all(same)
 
 
 def hit(args):
@@ -249,14 +249,15 @@ def files(args):
 
 def stress(args):
     rng = random.Random(args.seed)
-    lengths = [16, 60, 200, 700, 1500, 3000, 6000, 12000, args.tokens - 200]
+    lengths = [16, 60, 200, 700, 1500, 3000, 6000, 12000]
+    lengths = [n for n in lengths if n < args.tokens - 200] + [args.tokens - 200]
     shapes = []
     # Chats, edits and continuations: prompts that share beginnings of any length.
     with Server(args, ["-c", str(args.tokens), "-np", "1", "--cache-ram", "0", "--draft-fixed"]) as server:
         build = server.build()
         bases = [prompt_of(server, max(lengths), f"base {i}") for i in range(3)]
         for i, n in enumerate(lengths):
-            for variant in range(3):
+            for variant in range(3 if n < 10000 else 1):
                 base = bases[variant % 2]
                 own = prompt_of(server, 24, f"end {i} {variant}")
                 prompt = (base[: n - 24] + own)[-n:] if n > 24 else own[:n]
@@ -340,14 +341,15 @@ def main():
     parser.add_argument("--json", help="file for a record")
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=32768, help="of the chat, or of the longest prompt")
+    parser.add_argument("--every", type=int, default=1, help="asks only every Nth turn without a cache too")
     parser.add_argument("--answer", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--prefix", type=int, default=16384)
     parser.add_argument("--new", type=int, nargs="*", default=[16, 64, 256, 1024], help="words behind the prefix")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--cache-ram", type=int, default=16, help="MiB, of the stress run")
-    parser.add_argument("--cache-disk", type=int, default=256, help="MiB, of the stress run")
+    parser.add_argument("--cache-ram", type=int, default=64, help="MiB, of the stress run")
+    parser.add_argument("--cache-disk", type=int, default=512, help="MiB, of the stress run")
     parser.add_argument("--dir", help="where temporary folders are made")
     parser.add_argument("--seed", type=int, default=1)
     own, serve = sys.argv[1:], []

@@ -90,6 +90,7 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let config = config(&args)?;
     // Before the model is loaded, which may take a while: a port in use is said at once.
     let listener = listen(&args.host, args.port)?;
+    let mut first = disk_cache(&args)?;
     let mut loaded = Loaded::load(&args.model, &args.sizes, &args.template, false)?;
     let model = describe(&args, &loaded)?;
     loaded.announce_and_warm_up()?;
@@ -97,7 +98,6 @@ pub fn run(args: ServeArgs) -> Result<()> {
         loaded.probe()?;
     }
     let (folder, n_byte_max) = (args.cache_disk.clone(), args.cache_disk_size.saturating_mul(1 << 20));
-    let mut first = disk_cache(&args)?;
     let factory: EngineFactory = Box::new(move || {
         let engine = loaded.planning_engine()?;
         let Some(folder) = &folder else { return Ok(engine) };
