@@ -361,7 +361,10 @@ def main():
     record, sound = what[args.what](args)
     if args.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system().lower()}"
-        record = {"what": args.what, "machine": machine, "command": " ".join(sys.argv), **record}
+        # Where files lie says nothing to others.
+        where = {args.bin, args.json, args.dir, "--bin", "--json", "--dir"}
+        command = ["bench/cache.py", *(word for word in sys.argv[1:] if word not in where)]
+        record = {"what": args.what, "machine": machine, "command": " ".join(command), **record}
         with open(args.json, "w") as file:
             json.dump(record, file, indent=1)
             file.write("\n")
