@@ -27,7 +27,7 @@ mod work;
 pub use builder::{Experts, Matrix, PlanBuilder, Routes, Tap, Vector};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
-pub use step::{Lane, PageId, SavedId, SlotId, Step, StepOut};
+pub use step::{Lane, PageId, RowSummary, SavedId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};
 
 use std::{any::Any, sync::Arc};

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use paceline_kernels::summary::{CHUNK, Summary, summarize};
+
 use crate::Token;
 
 /// A page of KV cells in [`States`](crate::States), shared by all KV layers of a model.
@@ -93,6 +95,8 @@ pub struct StepOut {
     pub output: Vec<f32>,
     /// Width of an output row.
     pub output_width: usize,
+    /// Of each output row: what choosing its greatest value needs.
+    pub summaries: Vec<RowSummary>,
     /// `[n, taps_width]`: the tapped hidden states of every row, tap layers side by side.
     pub taps: Vec<f32>,
     /// Width of a taps row, 0 without taps.
@@ -102,7 +106,56 @@ pub struct StepOut {
     pub n_experts_read: usize,
 }
 
+/// The greatest value of an output row, and what its share is computed from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowSummary {
+    /// Where the greatest value is; the first place of several.
+    pub at: u32,
+    /// The greatest value.
+    pub max: f32,
+    /// `ln Σ exp(value)`.
+    pub log_sum: f64,
+}
+
+impl RowSummary {
+    /// From the summaries of the row's chunks.
+    pub(crate) fn new(row: &[f32], parts: impl Iterator<Item = Summary>) -> RowSummary {
+        let (mut all, mut best) = (Summary::EMPTY, 0);
+        for (i, part) in parts.enumerate() {
+            if part.max > all.max {
+                best = i;
+            }
+            all = all.merge(part);
+        }
+        let first = (best * CHUNK).min(row.len());
+        let at = row[first..].iter().position(|x| *x == all.max).unwrap_or(0);
+        let log_sum = if all.is_sound { all.log_sum() } else { f64::NAN };
+        RowSummary { at: (first + at) as u32, max: all.max, log_sum }
+    }
+}
+
 impl StepOut {
+    /// What is known of output row `i`: none if a value is NaN or ∞, or all are -∞.
+    pub fn summary(&self, i: usize) -> Option<RowSummary> {
+        self.summaries.get(i).copied().filter(|summary| summary.log_sum.is_finite())
+    }
+
+    /// Summarises the output rows, for backends without a quicker way.
+    pub fn summarize(&mut self) {
+        let Self { output, output_width, summaries, .. } = self;
+        summaries.clear();
+        if *output_width > 0 {
+            summaries.extend(output.chunks_exact(*output_width).map(|row| {
+                let parts = row.chunks(CHUNK).map(|chunk| {
+                    let mut part = Summary::EMPTY;
+                    summarize(chunk, &mut part);
+                    part
+                });
+                RowSummary::new(row, parts)
+            }));
+        }
+    }
+
     /// Output row `i` (the row of `outputs[i]`).
     pub fn output_row(&self, i: usize) -> &[f32] {
         &self.output[i * self.output_width..(i + 1) * self.output_width]

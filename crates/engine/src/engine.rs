@@ -4,8 +4,8 @@ use std::{collections::VecDeque, ops::Range, sync::Arc, time::Duration};
 
 use paceline_backend::{Exec, Step as Forward, StepOut};
 use paceline_memory::{Memory, SeqId, Usage};
-use paceline_sampling::{ParamError, Sampler};
-use paceline_spec::{Draft, DraftRequest, Drafter, Kept, TapUnion, verify};
+use paceline_sampling::{Known, ParamError, Sampler};
+use paceline_spec::{Draft, DraftRequest, Drafter, Kept, TapUnion, known, verify};
 use paceline_text::Vocab;
 
 use crate::{
@@ -900,7 +900,7 @@ impl Engine {
             let drafted_by = active.drafted_by.take();
             let (mut n_final, mut is_wanted) = (lane.n_known, true);
             if lane.closes {
-                let logits = |i: usize| self.out.output_row(output + i);
+                let logits = |i: usize| (self.out.output_row(output + i), known(&self.out, output + i));
                 let decided = decide(active, lane, &drafts[lane.slot], logits);
                 output += lane.n_draft + 1;
                 n_final += decided.n_taken.saturating_sub(1);
@@ -1179,21 +1179,25 @@ fn decide<'a>(
     active: &mut Active,
     lane: &LanePlan,
     draft: &Draft,
-    logits: impl Fn(usize) -> &'a [f32],
+    logits: impl Fn(usize) -> (&'a [f32], Option<Known>),
 ) -> Decided {
     let next = active.tokens.len();
     let mut failure = None;
     let sampler = &mut active.sampler;
     let verdict = verify(
         &draft.tokens[..lane.n_draft],
-        |i| match sampler.choose((next + i) as u64, logits(i)) {
-            Ok(choice) => {
-                sampler.accept(choice.token);
-                Some((choice.token, choice.logprobs))
-            }
-            Err(error) => {
-                failure = Some(RequestError::Logits { position: next - 1 + i, reason: error.to_string() });
-                None
+        |i| {
+            let (row, known) = logits(i);
+            match sampler.choose_known((next + i) as u64, row, known) {
+                Ok(choice) => {
+                    sampler.accept(choice.token);
+                    Some((choice.token, choice.logprobs))
+                }
+                Err(error) => {
+                    failure =
+                        Some(RequestError::Logits { position: next - 1 + i, reason: error.to_string() });
+                    None
+                }
             }
         },
         |choice| choice.0,

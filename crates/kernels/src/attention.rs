@@ -16,7 +16,7 @@
 //! (behind a window, drafts that were rejected, later rows) are not multiplied by zero but left out, for they may hold anything.
 
 use crate::act::{exp, softcap};
-use crate::kv::{KvType, KvTypes, typed};
+use crate::kv::{KEY_GROUP, KvType, KvTypes, typed};
 use crate::table::KernelTable;
 use half::{bf16, f16};
 use std::ops::Range;
@@ -28,13 +28,15 @@ pub const SPAN: usize = 1024;
 /// Partial sums of a query's weights.
 pub const SUMS: usize = 16;
 /// Queries up to which a block is widened on the way, each time it is looked at, rather than once before.
-const DIRECT: usize = 8;
+const DIRECT: usize = 16;
+/// Queries that lie together, dimension by dimension: as many as share the keys in registers.
+pub const Q_GROUP: usize = 8;
 /// Heads are padded to vectors of any instruction set.
 const PAD: usize = 16;
 
-const _: () = assert!(SPAN.is_multiple_of(BLOCK) && BLOCK == 2 * SUMS);
+const _: () = assert!(SPAN.is_multiple_of(BLOCK) && BLOCK == 2 * SUMS && BLOCK.is_multiple_of(KEY_GROUP));
 
-/// The keys, or the values, of the cells of a block, `[BLOCK, width]`.
+/// The keys of the cells of a block, `[BLOCK / KEY_GROUP, dim, KEY_GROUP]`, or their values, `[BLOCK, width]`.
 #[derive(Clone, Copy, Debug)]
 pub enum Cells<'a> {
     /// Full precision.
@@ -58,11 +60,13 @@ impl Cells<'_> {
 /// A block of cells and `n` queries that look at it: what [`attend_block`](KernelTable::attend_block) takes.
 #[derive(Debug)]
 pub struct BlockCall<'a> {
+    /// Width of a head.
+    pub dim: usize,
     /// Width of a head, padded with zeros to a multiple of 16.
     pub width: usize,
     /// Bound on the scores.
     pub softcap: Option<f32>,
-    /// Scaled queries, `[n, width]`.
+    /// Scaled queries, `[n / Q_GROUP, dim, Q_GROUP]`, whole groups.
     pub q: &'a [f32],
     /// Cells of the block that each query sees, a run for each.
     pub visible: &'a [Range<usize>],
@@ -95,22 +99,18 @@ impl BlockCall<'_> {
     /// Panics unless all lengths fit.
     pub(crate) fn check(&self) {
         let (n, width) = (self.visible.len(), self.width);
+        assert_eq!(width, padded(self.dim), "width of heads of {}", self.dim);
         assert!(width > 0 && width.is_multiple_of(PAD), "heads of {width} values are not padded");
-        assert_eq!([self.k.len(), self.v.len()], [BLOCK * width; 2], "cells of a block");
-        assert_eq!([self.q.len(), self.sums.value.len()], [n * width; 2], "queries and their sums");
+        assert_eq!([self.k.len(), self.v.len()], [BLOCK * self.dim, BLOCK * width], "cells of a block");
+        let n_q = n.next_multiple_of(Q_GROUP) * self.dim;
+        assert_eq!([self.q.len(), self.sums.value.len()], [n_q, n * width], "queries and their sums");
         assert_eq!([self.factors.len(), self.sums.max.len()], [n; 2], "queries");
         assert_eq!([self.weights.len(), self.sums.weight.len()], [n * BLOCK, n * SUMS], "weights");
         assert!(self.visible.iter().all(|cells| cells.end <= BLOCK), "{:?} in a block", self.visible);
     }
 
-    /// Cells that any query sees.
-    pub(crate) fn seen(&self) -> Range<usize> {
-        union(self.visible.iter().cloned())
-    }
-
-    /// Turns the scores of query `i` into weights and moves its maximum; the same bits on every instruction set.
-    #[inline(always)]
-    #[allow(clippy::needless_range_loop)] // plain loops over arrays become vectors
+    /// Turns the scores of query `i` into weights and moves its maximum.
+    #[allow(clippy::needless_range_loop)] // l and c index several arrays
     pub(crate) fn weigh(&mut self, i: usize) {
         let visible = self.visible[i].clone();
         let scores = &mut self.weights[i * BLOCK..(i + 1) * BLOCK];
@@ -185,7 +185,7 @@ pub struct KvHead<'a> {
     pub head_dim: usize,
     /// Cells of a page.
     pub page_len: usize,
-    /// The head's keys and values in page `i` of the sequence, `page_len` cells of each.
+    /// The head's keys and values in page `i` of the sequence: [`KvTypes::head_bytes`].
     pub page: &'a dyn Fn(usize) -> [&'a [u8]; 2],
 }
 
@@ -204,9 +204,10 @@ pub struct QueryTile {
     in_block: Vec<Range<usize>>,
     weights: Vec<f32>,
     factors: Vec<f32>,
-    /// A widened block.
+    /// A widened block, and a row of it.
     k: Vec<f32>,
     v: Vec<f32>,
+    row: Vec<f32>,
 }
 
 #[derive(Default)]
@@ -274,9 +275,14 @@ impl QueryTile {
     /// Adds a query `[head_dim]`, the factor on its scores (usually `1 / √head_dim`), and the cells that it sees.
     pub fn push(&mut self, q: &[f32], scale: f32, visible: Range<usize>) {
         assert_eq!(q.len(), self.head_dim, "a query of a tile of heads of {}", self.head_dim);
-        self.q.extend(q.iter().map(|q| q * scale));
+        let i = self.visible.len();
+        let first = i / Q_GROUP * Q_GROUP * self.head_dim;
+        if i.is_multiple_of(Q_GROUP) {
+            self.q.resize(first + Q_GROUP * self.head_dim, 0.0);
+        }
+        let places = self.q[first + i % Q_GROUP..].iter_mut().step_by(Q_GROUP);
+        places.zip(q).for_each(|(place, q)| *place = q * scale);
         self.visible.push(visible);
-        self.q.resize(self.visible.len() * self.width, 0.0);
     }
 
     /// Spans that any query sees a cell of.
@@ -344,10 +350,11 @@ impl QueryTile {
             if seen.is_empty() {
                 continue;
             }
-            let k = cells_of(kv, kv.types.k, 0, block, seen.clone(), n, &mut self.k);
-            let v = cells_of(kv, kv.types.v, 1, block, seen.clone(), n, &mut self.v);
+            let k = kv.keys(table, block, seen.clone(), n, &mut self.k, &mut self.row);
+            let v = kv.values(table, block, seen.clone(), n, &mut self.v);
             let next = if first + BLOCK < cells.end { kv.block_bytes(block + 1) } else { [&[][..]; 2] };
             (table.attend_block)(&mut BlockCall {
+                dim: self.head_dim,
                 width: self.width,
                 softcap: self.softcap,
                 q: &self.q,
@@ -408,55 +415,132 @@ impl<'a> KvHead<'a> {
         if !self.page_len.is_multiple_of(BLOCK) {
             return [&[], &[]];
         }
-        let first = block * BLOCK;
-        let parts = (self.page)(first / self.page_len);
-        [(parts[0], self.types.k), (parts[1], self.types.v)].map(|(bytes, ty)| {
+        let cells = block * BLOCK % self.page_len;
+        let [k, v] = (self.page)(block * BLOCK / self.page_len);
+        [(k, self.types.k), (v, self.types.v)].map(|(bytes, ty)| {
             let row = ty.row_bytes(self.head_dim);
-            &bytes[first % self.page_len * row..][..BLOCK * row]
+            &bytes[cells * row..(cells + BLOCK) * row]
         })
     }
-}
 
-/// A block's keys (`part` 0) or values (1): as they lie, or widened. Widening is exact, so both give the same bits.
-fn cells_of<'a, 'kv: 'a>(
-    kv: KvHead<'kv>,
-    ty: KvType,
-    part: usize,
-    block: usize,
-    seen: Range<usize>,
-    n_queries: usize,
-    widened: &'a mut Vec<f32>,
-) -> Cells<'a> {
-    let (dim, width) = (kv.head_dim, padded(kv.head_dim));
-    let bytes = kv.block_bytes(block)[part];
-    if dim == width && !bytes.is_empty() {
-        match ty {
-            KvType::F32 => return Cells::F32(typed(bytes)),
-            KvType::F16 if n_queries <= DIRECT => return Cells::F16(typed(bytes)),
-            KvType::Bf16 if n_queries <= DIRECT => return Cells::Bf16(typed(bytes)),
-            _ => {}
+    /// Calls `each` with the runs of these cells of a block that lie in one page: the first of them in the block, the page's keys or
+    /// values, and which of the page's cells they are.
+    fn runs(
+        self,
+        part: usize,
+        block: usize,
+        seen: Range<usize>,
+        mut each: impl FnMut(usize, &'a [u8], Range<usize>),
+    ) {
+        let mut c = seen.start;
+        while c < seen.end {
+            let cell = block * BLOCK + c;
+            let in_page = cell % self.page_len;
+            let n = (self.page_len - in_page).min(seen.end - c);
+            each(c, (self.page)(cell / self.page_len)[part], in_page..in_page + n);
+            c += n;
         }
     }
-    widened.resize(BLOCK * width, 0.0);
-    let row = ty.row_bytes(dim);
-    let mut c = seen.start;
-    while c < seen.end {
-        let cell = block * BLOCK + c;
-        let in_page = cell % kv.page_len;
-        let n = (kv.page_len - in_page).min(seen.end - c);
-        let bytes = &(kv.page)(cell / kv.page_len)[part][in_page * row..(in_page + n) * row];
-        let rows = &mut widened[c * width..(c + n) * width];
-        if dim == width {
-            ty.read(bytes, rows);
-        } else {
+
+    /// A block's keys: as they lie, or widened. Widening is exact, so both give the same bits.
+    fn keys<'b>(
+        self,
+        table: &KernelTable,
+        block: usize,
+        seen: Range<usize>,
+        n_queries: usize,
+        widened: &'b mut Vec<f32>,
+        row: &mut Vec<f32>,
+    ) -> Cells<'b>
+    where
+        'a: 'b,
+    {
+        let (dim, ty) = (self.head_dim, self.types.k);
+        let bytes = self.block_bytes(block)[0];
+        if !bytes.is_empty() {
+            match ty {
+                KvType::F32 => return Cells::F32(typed(bytes)),
+                KvType::F16 if n_queries <= DIRECT => return Cells::F16(typed(bytes)),
+                KvType::Bf16 if n_queries <= DIRECT => return Cells::Bf16(typed(bytes)),
+                _ => {}
+            }
+        }
+        widened.resize(BLOCK * dim, 0.0);
+        if ty.groups_keys() && !bytes.is_empty() {
+            read(table, ty, bytes, widened);
+            return Cells::F32(widened);
+        }
+        if !bytes.is_empty() {
+            row.resize(BLOCK * dim, 0.0);
+            ty.read(bytes, row);
+            for (rows, group) in
+                row.chunks_exact(KEY_GROUP * dim).zip(widened.chunks_exact_mut(KEY_GROUP * dim))
+            {
+                (table.interleave)(rows, group);
+            }
+            return Cells::F32(widened);
+        }
+        let row_bytes = ty.row_bytes(dim);
+        self.runs(0, block, seen, |first, keys, cells| {
+            for (c, cell) in (first..).zip(cells) {
+                let to = &mut widened[c / KEY_GROUP * KEY_GROUP * dim + c % KEY_GROUP..];
+                if ty.groups_keys() {
+                    ty.read_grouped(keys, dim, cell, to);
+                    continue;
+                }
+                row.resize(dim, 0.0);
+                ty.read(&keys[cell * row_bytes..(cell + 1) * row_bytes], &mut row[..dim]);
+                to.iter_mut().step_by(KEY_GROUP).zip(&row[..dim]).for_each(|(to, x)| *to = *x);
+            }
+        });
+        Cells::F32(widened)
+    }
+
+    /// A block's values, likewise.
+    fn values<'b>(
+        self,
+        table: &KernelTable,
+        block: usize,
+        seen: Range<usize>,
+        n_queries: usize,
+        widened: &'b mut Vec<f32>,
+    ) -> Cells<'b>
+    where
+        'a: 'b,
+    {
+        let (dim, width, ty) = (self.head_dim, padded(self.head_dim), self.types.v);
+        let bytes = self.block_bytes(block)[1];
+        if dim == width && !bytes.is_empty() {
+            match ty {
+                KvType::F32 => return Cells::F32(typed(bytes)),
+                KvType::F16 if n_queries <= DIRECT => return Cells::F16(typed(bytes)),
+                KvType::Bf16 if n_queries <= DIRECT => return Cells::Bf16(typed(bytes)),
+                _ => {}
+            }
+        }
+        widened.resize(BLOCK * width, 0.0);
+        let row = ty.row_bytes(dim);
+        self.runs(1, block, seen, |first, values, cells| {
+            let bytes = &values[cells.start * row..cells.end * row];
+            let rows = &mut widened[first * width..(first + cells.len()) * width];
+            if dim == width {
+                return read(table, ty, bytes, rows);
+            }
             for (bytes, out) in bytes.chunks_exact(row).zip(rows.chunks_exact_mut(width)) {
                 ty.read(bytes, &mut out[..dim]);
                 out[dim..].fill(0.0);
             }
-        }
-        c += n;
+        });
+        Cells::F32(widened)
     }
-    Cells::F32(widened)
+}
+
+/// [`KvType::read`], with the table's instructions where it has some.
+fn read(table: &KernelTable, ty: KvType, bytes: &[u8], out: &mut [f32]) {
+    match ty {
+        KvType::F16 => (table.widen_f16)(typed(bytes), out),
+        _ => ty.read(bytes, out),
+    }
 }
 
 #[cfg(test)]
@@ -483,7 +567,7 @@ mod tests {
         fn new(types: impl Into<KvTypes>, dim: usize, page_len: usize, n_cell: usize, seed: f32) -> Cache {
             let types = types.into();
             let n_page = n_cell.div_ceil(page_len);
-            let page = || [types.k, types.v].map(|ty| KvBytes::new(page_len * ty.row_bytes(dim)));
+            let page = || types.head_bytes(dim, page_len).map(KvBytes::new);
             let mut pages: Vec<_> = (0..n_page).map(|_| page()).collect();
             pages.iter_mut().flatten().for_each(|page| page.bytes_mut().fill(0xff));
             let mut stored = [vec![0.0; n_cell * dim], vec![0.0; n_cell * dim]];
@@ -492,9 +576,15 @@ mod tests {
                 let rows = noise(n_cell * dim, seed + 10.0 * part as f32);
                 for (c, row) in rows.chunks(dim).enumerate() {
                     let page = pages[c / page_len][part].bytes_mut();
-                    let cell = &mut page[c % page_len * row_bytes..][..row_bytes];
-                    ty.write(row, cell);
-                    ty.read(cell, &mut stored[part][c * dim..(c + 1) * dim]);
+                    let mut alone = KvBytes::new(row_bytes);
+                    let alone = &mut alone.bytes_mut()[..row_bytes];
+                    ty.write(row, alone);
+                    ty.read(alone, &mut stored[part][c * dim..(c + 1) * dim]);
+                    if part == 0 {
+                        ty.write_key(row, c % page_len, page);
+                    } else {
+                        page[c % page_len * row_bytes..][..row_bytes].copy_from_slice(alone);
+                    }
                 }
             }
             Cache { types, dim, page_len, pages, stored }
@@ -502,8 +592,8 @@ mod tests {
 
         fn head<R>(&self, f: impl FnOnce(KvHead<'_>) -> R) -> R {
             let page = |i: usize| {
-                [(0, self.types.k), (1, self.types.v)]
-                    .map(|(part, ty)| &self.pages[i][part].bytes()[..self.page_len * ty.row_bytes(self.dim)])
+                let bytes = self.types.head_bytes(self.dim, self.page_len);
+                [0, 1].map(|part| &self.pages[i][part].bytes()[..bytes[part]])
             };
             f(KvHead { types: self.types, head_dim: self.dim, page_len: self.page_len, page: &page })
         }
@@ -629,10 +719,15 @@ mod tests {
                     let mut spoilt = Cache::new(types, dim, 64, n_cell, seed);
                     let visible = &query.1;
                     for c in (0..n_cell).filter(|c| !visible.contains(c)) {
-                        for (part, ty) in [types.k, types.v].into_iter().enumerate() {
-                            let row = ty.row_bytes(dim);
-                            spoilt.pages[c / 64][part].bytes_mut()[c % 64 * row..][..row].fill(0xff);
+                        let page = &mut spoilt.pages[c / 64];
+                        if types.k.groups_keys() {
+                            types.k.write_key(&vec![f32::NAN; dim], c % 64, page[0].bytes_mut());
+                        } else {
+                            let row = types.k.row_bytes(dim);
+                            page[0].bytes_mut()[c % 64 * row..][..row].fill(0xff);
                         }
+                        let row = types.v.row_bytes(dim);
+                        page[1].bytes_mut()[c % 64 * row..][..row].fill(0xff);
                     }
                     prop_assert_eq!(&spoilt.attend(table, &queries, Some(0.5))[i], &together[i], "{} query {} and rubbish", table.isa, i);
                 }
@@ -689,7 +784,7 @@ mod tests {
         let results = KernelTable::available().iter().map(|table| {
             let mut cache = Cache::new(KvType::F32, 1, 64, keys.len(), 0.0);
             for (c, (k, v)) in keys.iter().zip(values).enumerate() {
-                KvType::F32.write(&[*k], &mut cache.pages[0][0].bytes_mut()[4 * c..4 * c + 4]);
+                KvType::F32.write_key(&[*k], c, cache.pages[0][0].bytes_mut());
                 KvType::F32.write(&[*v], &mut cache.pages[0][1].bytes_mut()[4 * c..4 * c + 4]);
             }
             let mut tile = QueryTile::default();
@@ -701,6 +796,21 @@ mod tests {
         let results: Vec<f32> = results.collect();
         assert!(results.iter().all(|x| *x == results[0] || x.is_nan() && results[0].is_nan()), "{results:?}");
         results[0]
+    }
+
+    #[test]
+    fn keys_are_interleaved() {
+        for dim in [1, 8, 31, 32, 64, 129] {
+            let rows = noise(KEY_GROUP * dim, 1.0);
+            for table in KernelTable::available() {
+                let mut out = vec![f32::NAN; rows.len()];
+                (table.interleave)(&rows, &mut out);
+                for c in 0..KEY_GROUP {
+                    let key = out[c..].iter().step_by(KEY_GROUP);
+                    assert!(key.eq(&rows[c * dim..(c + 1) * dim]), "{} cell {c} of {dim}", table.isa);
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Kernels for AVX2 with FMA and F16C: eight floats in a vector.
 
 use crate::attention::BlockCall;
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::matmul::WeightRows;
 use crate::simd::{self, MAX_LANES, Simd, kernel_table};
 use crate::table::KernelTable;
@@ -48,12 +48,6 @@ impl Simd for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        // SAFETY: AVX by contract.
-        Self(unsafe { _mm256_add_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: AVX by contract.
         Self(unsafe { _mm256_mul_ps(self.0, other.0) })
@@ -76,6 +70,56 @@ impl Simd for F32x8 {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: AVX by contract.
+        Self(unsafe { _mm256_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: AVX by contract.
+        Self(unsafe { _mm256_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn greater(self, other: Self) -> Self {
+        // SAFETY: AVX by contract. The instruction's rule for NaN is the contract's.
+        Self(unsafe { _mm256_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn first(self) -> f32 {
+        // SAFETY: AVX by contract.
+        unsafe { _mm256_cvtss_f32(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        // SAFETY: AVX by contract.
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        // SAFETY: AVX by contract.
+        Self(unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x.0, limit.0), self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn scale_by_power(self, shifted: Self) -> Self {
+        // SAFETY: AVX2 by contract. The low bits of `shifted` are n; moved up, with the bias, they are the bits of 2^n.
+        unsafe {
+            let power = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted.0));
+            let power = _mm256_add_epi32(power, _mm256_set1_epi32(127 << 23));
+            Self(_mm256_mul_ps(self.0, _mm256_castsi256_ps(power)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: AVX2 and eight readable halves, which are 16 bytes, by contract.
         unsafe {
@@ -85,39 +129,29 @@ impl Simd for F32x8 {
     }
 
     #[inline(always)]
-    unsafe fn sums(vectors: &[Self; MAX_LANES]) -> Self {
-        // Each step adds two halves of every vector and puts two vectors into one.
-        // SAFETY: AVX by contract. Lane i and i + 4, then i and i + 2, then the two, as in `sum`.
+    unsafe fn transpose(v: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        // Floats of pairs of vectors, then pairs of fours, then the halves across.
+        // SAFETY: AVX by contract.
         unsafe {
-            macro_rules! halves {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    let low = _mm256_permute2f128_ps::<0x20>(a.0, b.0);
-                    _mm256_add_ps(low, _mm256_permute2f128_ps::<0x31>(a.0, b.0))
-                }};
+            let mut a = v;
+            for i in (0..8).step_by(2) {
+                a[i] = Self(_mm256_unpacklo_ps(v[i].0, v[i + 1].0));
+                a[i + 1] = Self(_mm256_unpackhi_ps(v[i].0, v[i + 1].0));
             }
-            macro_rules! pairs {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    let low = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-                    let high = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)));
-                    _mm256_add_ps(low, high)
-                }};
+            let mut b = a;
+            for q in (0..8).step_by(4) {
+                let of = |i: usize| _mm256_castps_pd(a[q + i].0);
+                b[q] = Self(_mm256_castpd_ps(_mm256_unpacklo_pd(of(0), of(2))));
+                b[q + 1] = Self(_mm256_castpd_ps(_mm256_unpackhi_pd(of(0), of(2))));
+                b[q + 2] = Self(_mm256_castpd_ps(_mm256_unpacklo_pd(of(1), of(3))));
+                b[q + 3] = Self(_mm256_castpd_ps(_mm256_unpackhi_pd(of(1), of(3))));
             }
-            macro_rules! ones {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    let even = _mm256_shuffle_ps::<0b10_00_10_00>(a, b);
-                    _mm256_add_ps(even, _mm256_shuffle_ps::<0b11_01_11_01>(a, b))
-                }};
+            let mut out = b;
+            for j in 0..4 {
+                out[j] = Self(_mm256_permute2f128_ps::<0x20>(b[j].0, b[4 + j].0));
+                out[4 + j] = Self(_mm256_permute2f128_ps::<0x31>(b[j].0, b[4 + j].0));
             }
-            // Vectors i and i + 4 lie in the two halves of the result.
-            macro_rules! two {
-                ($i:expr) => {
-                    halves!(vectors[$i], vectors[$i + 4])
-                };
-            }
-            Self(ones!(pairs!(two!(0), two!(1)), pairs!(two!(2), two!(3))))
+            out
         }
     }
 

@@ -1,7 +1,7 @@
 //! Kernels for AVX-512F: sixteen floats in a vector.
 
 use crate::attention::BlockCall;
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::matmul::WeightRows;
 use crate::simd::{self, MAX_LANES, Simd, kernel_table};
 use crate::table::KernelTable;
@@ -50,12 +50,6 @@ impl Simd for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn add(self, other: Self) -> Self {
-        // SAFETY: AVX-512F by contract.
-        Self(unsafe { _mm512_add_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         // SAFETY: AVX-512F by contract.
         Self(unsafe { _mm512_mul_ps(self.0, other.0) })
@@ -81,6 +75,61 @@ impl Simd for F32x16 {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn greater(self, other: Self) -> Self {
+        // SAFETY: AVX-512F by contract. The instruction's rule for NaN is the contract's.
+        Self(unsafe { _mm512_max_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn first(self) -> f32 {
+        // SAFETY: AVX-512F by contract.
+        unsafe { _mm512_cvtss_f32(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn greatest(self) -> f32 {
+        // SAFETY: AVX-512F by contract.
+        unsafe {
+            let eight = _mm512_max_ps(self.0, _mm512_shuffle_f32x4::<0b01_00_11_10>(self.0, self.0));
+            let four = _mm512_max_ps(eight, _mm512_shuffle_f32x4::<0b10_11_00_01>(eight, eight));
+            let four = _mm512_castps512_ps128(four);
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        // SAFETY: AVX-512F by contract.
+        unsafe {
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, limit.0);
+            Self(_mm512_maskz_mov_ps(keep, self.0))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn scale_by_power(self, shifted: Self) -> Self {
+        // SAFETY: AVX-512F by contract. The low bits of `shifted` are n; moved up, with the bias, they are the bits of 2^n.
+        unsafe {
+            let power = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted.0));
+            let power = _mm512_add_epi32(power, _mm512_set1_epi32(127 << 23));
+            Self(_mm512_mul_ps(self.0, _mm512_castsi512_ps(power)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         // SAFETY: AVX-512F and sixteen readable halves, which are 32 bytes, by contract.
         unsafe {
@@ -90,55 +139,41 @@ impl Simd for F32x16 {
     }
 
     #[inline(always)]
-    unsafe fn sums(vectors: &[Self; MAX_LANES]) -> Self {
-        // Each step adds two halves of every vector and puts two vectors into one. Lanes i and i + 8 of a vector come
-        // together first, then i + 4, i + 2 and i + 1, as in `sum`.
-        // Macros, for closures cannot be inlined always and would miss the features.
+    unsafe fn transpose(v: [Self; MAX_LANES]) -> [Self; MAX_LANES] {
+        // Floats of pairs of vectors, then pairs of fours, then the 128-bit parts across.
         // SAFETY: AVX-512F by contract.
         unsafe {
-            macro_rules! halves {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    // 128-bit parts a0 a1 b0 b1 + a2 a3 b2 b3
-                    let low = _mm512_shuffle_f32x4::<0b01_00_01_00>(a.0, b.0);
-                    _mm512_add_ps(low, _mm512_shuffle_f32x4::<0b11_10_11_10>(a.0, b.0))
-                }};
+            let mut a = v;
+            for i in (0..16).step_by(2) {
+                a[i] = Self(_mm512_unpacklo_ps(v[i].0, v[i + 1].0));
+                a[i + 1] = Self(_mm512_unpackhi_ps(v[i].0, v[i + 1].0));
             }
-            macro_rules! quarters {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    // a b c d, of two 128-bit parts each: the even ones + the odd ones
-                    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
-                    _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
-                }};
+            // b[4 q + j], part p: lane 4 p + j of vectors 4 q .. 4 q + 4.
+            let mut b = a;
+            for q in (0..16).step_by(4) {
+                let of = |i: usize| _mm512_castps_pd(a[q + i].0);
+                b[q] = Self(_mm512_castpd_ps(_mm512_unpacklo_pd(of(0), of(2))));
+                b[q + 1] = Self(_mm512_castpd_ps(_mm512_unpackhi_pd(of(0), of(2))));
+                b[q + 2] = Self(_mm512_castpd_ps(_mm512_unpacklo_pd(of(1), of(3))));
+                b[q + 3] = Self(_mm512_castpd_ps(_mm512_unpackhi_pd(of(1), of(3))));
             }
-            macro_rules! pairs {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    let low = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-                    let high = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-                    _mm512_add_ps(low, high)
-                }};
+            let mut out = b;
+            for j in 0..4 {
+                let (x, y, z, w) = (b[j].0, b[4 + j].0, b[8 + j].0, b[12 + j].0);
+                let even = (
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(x, y),
+                    _mm512_shuffle_f32x4::<0b10_00_10_00>(z, w),
+                );
+                let odd = (
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(x, y),
+                    _mm512_shuffle_f32x4::<0b11_01_11_01>(z, w),
+                );
+                out[j] = Self(_mm512_shuffle_f32x4::<0b10_00_10_00>(even.0, even.1));
+                out[8 + j] = Self(_mm512_shuffle_f32x4::<0b11_01_11_01>(even.0, even.1));
+                out[4 + j] = Self(_mm512_shuffle_f32x4::<0b10_00_10_00>(odd.0, odd.1));
+                out[12 + j] = Self(_mm512_shuffle_f32x4::<0b11_01_11_01>(odd.0, odd.1));
             }
-            macro_rules! ones {
-                ($a:expr, $b:expr) => {{
-                    let (a, b) = ($a, $b);
-                    // a0 a2 b0 b2 + a1 a3 b1 b3 of each 128-bit part
-                    let even = _mm512_shuffle_ps::<0b10_00_10_00>(a, b);
-                    _mm512_add_ps(even, _mm512_shuffle_ps::<0b11_01_11_01>(a, b))
-                }};
-            }
-            // Part p of the result holds vectors 4p .. 4p + 4, so vectors 0, 4, 8, 12 go together first.
-            macro_rules! four {
-                ($i:expr) => {
-                    quarters!(
-                        halves!(vectors[$i], vectors[$i + 4]),
-                        halves!(vectors[$i + 8], vectors[$i + 12])
-                    )
-                };
-            }
-            let (a, b, c, d) = (four!(0), four!(1), four!(2), four!(3));
-            Self(ones!(pairs!(a, b), pairs!(c, d)))
+            out
         }
     }
 

@@ -47,6 +47,65 @@ impl<'a> DeltaToken<'a> {
     }
 }
 
+/// Successive tokens of one value head.
+#[derive(Clone, Copy, Debug)]
+pub struct DeltaRun<'a> {
+    /// Width of a key.
+    pub dim_k: usize,
+    /// Keys, normalised, `[n, dim_k]`.
+    pub k: &'a [f32],
+    /// Values, `[n, dim_v]`.
+    pub v: &'a [f32],
+    /// Factors on the old states, `[n]`.
+    pub decay: &'a [f32],
+    /// Shares of the corrections that are written, `[n]`.
+    pub beta: &'a [f32],
+}
+
+impl<'a> DeltaRun<'a> {
+    /// Number of tokens.
+    pub fn n(&self) -> usize {
+        self.decay.len()
+    }
+
+    pub(crate) fn dim_v(&self) -> usize {
+        self.v.len() / self.n().max(1)
+    }
+
+    /// Token `t` alone.
+    pub(crate) fn token(&self, t: usize) -> DeltaToken<'a> {
+        let (dim_k, dim_v) = (self.dim_k, self.dim_v());
+        DeltaToken {
+            k: &self.k[t * dim_k..(t + 1) * dim_k],
+            v: &self.v[t * dim_v..(t + 1) * dim_v],
+            decay: self.decay[t],
+            beta: self.beta[t],
+        }
+    }
+
+    /// Panics unless all lengths fit, `q` and `out` being empty or of `n` tokens.
+    pub(crate) fn check(&self, state: &[f32], q: &[f32], out: &[f32]) {
+        let (n, dim_v) = (self.n(), self.dim_v());
+        assert!(self.dim_k > 0, "a delta state has keys");
+        assert_eq!(
+            [self.k.len(), self.v.len(), self.beta.len()],
+            [n * self.dim_k, n * dim_v, n],
+            "tokens of a run"
+        );
+        assert!(n == 0 || state.len() == dim_v * self.dim_k, "delta state [{dim_v}, {}]", self.dim_k);
+        assert!(
+            q.is_empty() && out.is_empty() || [q.len(), out.len()] == [self.k.len(), self.v.len()],
+            "queries of a run"
+        );
+    }
+}
+
+/// Advances `state` by several tokens, reading it after each with `q [n, dim_k]` into `out [n, dim_v]` unless both are empty. The same
+/// bits as token by token, but a row of the state stays in registers meanwhile.
+pub fn delta_run(table: &KernelTable, state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) {
+    (table.delta_run)(state, run, q, out);
+}
+
 /// Advances `state [dim_v, dim_k]` by one token and reads it with `q [dim_k]` into `out [dim_v]`.
 pub fn delta_step(
     table: &KernelTable,
@@ -126,6 +185,32 @@ mod tests {
                         prop_assert!((f64::from(*got) - want).abs() < 1e-4, "{}: {got} != {want}", table.isa);
                     }
                 }
+            }
+        }
+
+        #[test]
+        fn a_run_is_its_tokens_one_by_one(
+            dim_k in prop::sample::select(vec![1, 7, 32, 64, 127, 128, 256]), dim_v in 1..9usize, n in 0..20usize, seed in 0..1000u32
+        ) {
+            let noise = |n: usize, salt: u32| -> Vec<f32> {
+                (0..n).map(|i| 0.2 * ((seed + salt * 77) as f32 * 1.3 + i as f32 * 12.9898).sin()).collect()
+            };
+            let (k, v, q) = (noise(n * dim_k, 1), noise(n * dim_v, 2), noise(n * dim_k, 3));
+            let (decay, beta): (Vec<f32>, Vec<f32>) = (0..n).map(|t| ((-0.1 * t as f32).exp(), 0.7)).unzip();
+            let run = DeltaRun { dim_k, k: &k, v: &v, decay: &decay, beta: &beta };
+            for table in KernelTable::available() {
+                let mut one_by_one = noise(dim_v * dim_k, 9);
+                let (mut run_state, mut advanced) = (one_by_one.clone(), one_by_one.clone());
+                let (mut want, mut got) = (vec![f32::NAN; n * dim_v], vec![f32::NAN; n * dim_v]);
+                for t in 0..n {
+                    let out = &mut want[t * dim_v..(t + 1) * dim_v];
+                    delta_step(table, &mut one_by_one, &run.token(t), &q[t * dim_k..(t + 1) * dim_k], out);
+                }
+                delta_run(table, &mut run_state, &run, &q, &mut got);
+                delta_run(table, &mut advanced, &run, &[], &mut []);
+                prop_assert_eq!(&got, &want, "{}", table.isa);
+                prop_assert_eq!(&run_state, &one_by_one, "{}", table.isa);
+                prop_assert_eq!(&advanced, &one_by_one, "{}", table.isa);
             }
         }
 

@@ -1,13 +1,15 @@
 //! Cells of the KV cache: their storage types, and how a row gets there and back.
 //!
-//! A page holds some cells of every KV head, keys and values apart, each head's cells one behind the other:
+//! A page holds some cells of every KV head, keys and values apart, each head's cells together, so that reading one head is one stream.
+//! A cell's value, and a key of a quantised type, is a row of its own: plain floats, or whole quant blocks of 32 in the layout of the
+//! GGUF type of the same name. Keys of plain floats lie in groups of [`KEY_GROUP`] cells, dimension by dimension:
 //!
 //! ```text
-//! cell c of head h  =  bytes[(h · page_len + c) · row_bytes ..][.. row_bytes]
+//! value of cell c           =  values[c · row_bytes ..][.. row_bytes]
+//! dimension d of its key    =  keys[((c / 16) · head_dim + d) · 16 + c % 16]
 //! ```
 //!
-//! so that reading one head is one stream. A cell's slice of a head is a row of its own: plain floats, or whole
-//! quant blocks of 32 values in the layout of the GGUF type of the same name. What reads a row widens it to f32 first, exactly.
+//! for then the scores of a group are the lanes of a vector, and no sum has to cross lanes. What reads a row widens it to f32 first, exactly.
 //!
 //! Rows are quantised as they arrive, so scales come from the largest value of a block and from no search.
 
@@ -165,6 +167,83 @@ impl FromStr for KvType {
     }
 }
 
+/// Cells whose keys lie together, dimension by dimension.
+pub const KEY_GROUP: usize = 16;
+
+/// How keys lie in a page.
+impl KvType {
+    /// Whether keys lie dimension by dimension in groups of [`KEY_GROUP`] cells, and not row by row.
+    pub fn groups_keys(self) -> bool {
+        matches!(self, KvType::F32 | KvType::F16 | KvType::Bf16)
+    }
+
+    /// Bytes of one head's keys in a page: whole groups.
+    pub fn key_bytes(self, head_dim: usize, page_len: usize) -> usize {
+        let n_cell = if self.groups_keys() { page_len.next_multiple_of(KEY_GROUP) } else { page_len };
+        n_cell * self.row_bytes(head_dim)
+    }
+
+    /// Widens the key of cell `cell` of grouped keys to every [`KEY_GROUP`]th place of `out`.
+    pub(crate) fn read_grouped(self, keys: &[u8], head_dim: usize, cell: usize, out: &mut [f32]) {
+        let first = cell / KEY_GROUP * KEY_GROUP * head_dim + cell % KEY_GROUP;
+        let places = out.iter_mut().step_by(KEY_GROUP).take(head_dim);
+        match self {
+            KvType::F32 => {
+                places.zip(typed(keys)[first..].iter().step_by(KEY_GROUP)).for_each(|(out, x)| *out = *x)
+            }
+            KvType::F16 => {
+                let keys = typed::<f16>(keys)[first..].iter().step_by(KEY_GROUP);
+                places.zip(keys).for_each(|(out, x)| *out = x.to_f32());
+            }
+            KvType::Bf16 => {
+                let keys = typed::<bf16>(keys)[first..].iter().step_by(KEY_GROUP);
+                places.zip(keys).for_each(|(out, x)| *out = x.to_f32());
+            }
+            _ => unreachable!("keys of {self} lie row by row"),
+        }
+    }
+
+    /// Writes the key of cell `cell` among one head's keys in a page.
+    pub fn write_key(self, key: &[f32], cell: usize, keys: &mut [u8]) {
+        match self {
+            KvType::F32 => put_key(key, |x| x, cell, typed_mut(keys)),
+            KvType::F16 => {
+                // As many at once as there are instructions for.
+                let mut half = [f16::ZERO; 64];
+                let keys = &mut typed_mut::<f16>(keys)
+                    [cell / KEY_GROUP * KEY_GROUP * key.len() + cell % KEY_GROUP..];
+                for (i, key) in key.chunks(half.len()).enumerate() {
+                    let half = &mut half[..key.len()];
+                    half.convert_from_f32_slice(key);
+                    let places = keys.iter_mut().step_by(KEY_GROUP).skip(64 * i);
+                    places.zip(half).for_each(|(place, x)| *place = *x);
+                }
+            }
+            KvType::Bf16 => put_key(key, bf16::from_f32, cell, typed_mut(keys)),
+            _ => {
+                let row = self.row_bytes(key.len());
+                self.write(key, &mut keys[cell * row..(cell + 1) * row]);
+            }
+        }
+    }
+}
+
+/// Panics unless both are the keys of a group.
+pub(crate) fn check_group(rows: &[f32], out: &[f32]) {
+    assert!(
+        rows.len() == out.len() && rows.len().is_multiple_of(KEY_GROUP),
+        "{} keys of a group, {}",
+        rows.len(),
+        out.len()
+    );
+}
+
+fn put_key<T: Copy>(key: &[f32], narrow: impl Fn(f32) -> T, cell: usize, keys: &mut [T]) {
+    let first = cell / KEY_GROUP * KEY_GROUP * key.len() + cell % KEY_GROUP;
+    let places = keys[first..].iter_mut().step_by(KEY_GROUP);
+    places.zip(key).for_each(|(place, x)| *place = narrow(*x));
+}
+
 /// Storage types of keys and of values, which need not be the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvTypes {
@@ -175,6 +254,11 @@ pub struct KvTypes {
 }
 
 impl KvTypes {
+    /// Bytes of one head's keys, and of its values, in a page.
+    pub fn head_bytes(self, head_dim: usize, page_len: usize) -> [usize; 2] {
+        [self.k.key_bytes(head_dim, page_len), page_len * self.v.row_bytes(head_dim)]
+    }
+
     /// Bytes of `n` values of a key and `n` of a value.
     pub fn cell_bytes(self, n: usize) -> usize {
         self.k.row_bytes(n) + self.v.row_bytes(n)

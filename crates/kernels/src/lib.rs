@@ -36,6 +36,7 @@ pub mod scalar;
 pub mod shared;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+pub mod summary;
 pub mod table;
 pub mod team;
 

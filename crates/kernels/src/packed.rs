@@ -35,9 +35,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod fill512;
 mod float;
 mod format;
-mod fused;
 mod iq4_nl;
 mod iq4_xs;
 #[cfg(target_arch = "x86_64")]

@@ -4,6 +4,7 @@
 //! contracts or reorders floating-point operations, so all of these tables give the same bits; only the speed differs.
 
 use crate::rope::{self, Pairing, Turn};
+use crate::summary::{self, Summary};
 use crate::{act, conv, norm};
 
 /// A norm of rows: input, weight, what is added to the mean square, output.
@@ -34,6 +35,8 @@ pub struct RowOps {
     pub add: fn(a: &[f32], b: &[f32], out: &mut [f32]),
     /// [`rope::rotate`].
     pub rotate: fn(head: &mut [f32], turns: &[Turn], pairing: Pairing),
+    /// [`summary::summarize`].
+    pub summarize: fn(logits: &[f32], out: &mut Summary),
     /// [`conv::short_conv_silu`].
     pub short_conv_silu: fn(taps: &[&[f32]], weights: &[f32], out: &mut [f32]),
 }
@@ -50,6 +53,7 @@ pub const PLAIN: RowOps = RowOps {
     sigmoid_mul: act::sigmoid_mul,
     add: act::add,
     rotate: rope::rotate,
+    summarize: summary::summarize,
     short_conv_silu: conv::short_conv_silu,
 };
 
@@ -60,7 +64,9 @@ macro_rules! row_ops {
         const ROW_OPS: crate::row_ops::RowOps = {
             use crate::row_ops::row_ops;
             use crate::rope::{self, Pairing, Turn};
+            use crate::summary::{self, Summary};
             use crate::{act, conv, norm};
+            row_ops!(@op $features, summary::summarize, summarize(logits: &[f32], out: &mut Summary));
             row_ops!(@op $features, norm::rms_norm, rms_norm(x: &[f32], w: Option<&[f32]>, eps: f32, out: &mut [f32]));
             row_ops!(@op $features, norm::gated_rms_norm,
                 gated_rms_norm(x: &[f32], w: &[f32], z: &[f32], eps: f32, out: &mut [f32]));
@@ -85,6 +91,7 @@ macro_rules! row_ops {
                 sigmoid_mul,
                 add,
                 rotate,
+                summarize,
                 short_conv_silu,
             }
         };

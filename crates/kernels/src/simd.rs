@@ -8,11 +8,12 @@
 // Tiles index several arrays of registers at once.
 #![allow(clippy::needless_range_loop)]
 
-use crate::attention::{BLOCK, BlockCall, Cells};
-use crate::delta::DeltaToken;
+use crate::act::softcap;
+use crate::attention::{BLOCK, BlockCall, Cells, Q_GROUP, SUMS};
+use crate::delta::{DeltaRun, DeltaToken};
+use crate::kv::KEY_GROUP;
 use crate::matmul::WeightRows;
 use half::{bf16, f16};
-use std::ops::Range;
 
 /// A vector of f32.
 ///
@@ -29,15 +30,26 @@ pub(crate) trait Simd: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_f16(from: *const f16) -> Self;
     unsafe fn store(self, to: *mut f32);
-    unsafe fn add(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
     /// `self · factor + term`, rounded once.
     unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
     /// The sum of the lanes, in one fixed order.
     unsafe fn sum(self) -> f32;
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    /// Lanes of `self` where they are greater than `other`'s, which is not so for NaN; else those of `other`.
+    unsafe fn greater(self, other: Self) -> Self;
+    /// Lane 0.
+    unsafe fn first(self) -> f32;
+    /// The greatest lane; any one if some are NaN.
+    unsafe fn greatest(self) -> f32;
+    /// `self`, and zero in the lanes where `x < limit`.
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self;
+    /// `self · 2^n`, where `shifted = n + 1.5·2^23` and the result is neither tiny nor huge.
+    unsafe fn scale_by_power(self, shifted: Self) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
-    /// Lane `i` of the result is the sum of the lanes of vector `i`, of the first `LANES`: one order of additions for all.
-    unsafe fn sums(vectors: &[Self; MAX_LANES]) -> Self;
+    /// Lane `i` of result `j` is lane `j` of vector `i`, of the first `LANES` vectors.
+    unsafe fn transpose(vectors: [Self; MAX_LANES]) -> [Self; MAX_LANES];
     /// Fetches the cache line at `from` before it is read. Any address will do.
     fn prefetch(from: *const u8);
 }
@@ -49,15 +61,12 @@ const ROWS: usize = 4;
 /// Weight rows that are widened together when many columns share them: the columns are then read
 /// from a farther cache once for 16 rows, not once for 4.
 const GROUP: usize = 16;
-/// Independent accumulators of a lone dot product, which hide the latency of the additions.
-const CHAINS: usize = 4;
 
 /// An element type that vectors can be loaded from.
 pub(crate) trait Element: Copy + Default {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(from: *const Self) -> S;
-    fn widen(self) -> f32;
 }
 
 impl Element for f32 {
@@ -65,10 +74,6 @@ impl Element for f32 {
     unsafe fn load<S: Simd>(from: *const Self) -> S {
         // SAFETY: the caller's promise.
         unsafe { S::load(from) }
-    }
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
     }
 }
 
@@ -78,10 +83,6 @@ impl Element for bf16 {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(from) }
     }
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self.to_f32()
-    }
 }
 
 impl Element for f16 {
@@ -89,10 +90,6 @@ impl Element for f16 {
     unsafe fn load<S: Simd>(from: *const Self) -> S {
         // SAFETY: the caller's promise.
         unsafe { S::load_f16(from) }
-    }
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self.to_f32()
     }
 }
 
@@ -109,72 +106,6 @@ unsafe fn load_tail<S: Simd, E: Element>(from: *const E, n: usize) -> S {
         std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
         E::load(lanes.as_ptr())
     }
-}
-
-/// `Σ a[i]·b[i]`: vector `i` goes to accumulator `i mod CHAINS`, and the accumulators are added in
-/// order.
-///
-/// # Safety
-/// The CPU has the features of `S`; the lengths are equal.
-#[inline(always)]
-pub(crate) unsafe fn dot<S: Simd, E: Element>(a: &[f32], b: &[E]) -> f32 {
-    let (n, pa, pb) = (a.len(), a.as_ptr(), b.as_ptr());
-    // SAFETY: all loads are at `i` with `i + LANES <= n`, or of the `n - i` elements that remain.
-    unsafe {
-        let mut sums = [S::splat(0.0); CHAINS];
-        let mut i = 0;
-        while i + CHAINS * S::LANES <= n {
-            for (c, sum) in sums.iter_mut().enumerate() {
-                let at = i + c * S::LANES;
-                *sum = S::load(pa.add(at)).mul_add(E::load(pb.add(at)), *sum);
-            }
-            i += CHAINS * S::LANES;
-        }
-        // Fewer than CHAINS whole vectors remain, then a part of one; unrolled, so that the
-        // accumulators stay in registers.
-        for sum in &mut sums {
-            if i + S::LANES <= n {
-                *sum = S::load(pa.add(i)).mul_add(E::load(pb.add(i)), *sum);
-                i += S::LANES;
-            } else if i < n {
-                let (a, b) = (load_tail::<S, _>(pa.add(i), n - i), load_tail::<S, _>(pb.add(i), n - i));
-                *sum = a.mul_add(b, *sum);
-                i = n;
-            }
-        }
-        sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
-    }
-}
-
-/// `acc[i] += a·x[i]`, each rounded once.
-///
-/// # Safety
-/// The CPU has the features of `S`; the lengths are equal.
-#[inline(always)]
-pub(crate) unsafe fn axpy<S: Simd, E: Element>(acc: &mut [f32], a: f32, x: &[E]) {
-    let (n, pacc, px) = (acc.len(), acc.as_mut_ptr(), x.as_ptr());
-    let mut i = 0;
-    // SAFETY: all accesses are at `i` with `i + LANES <= n`.
-    unsafe {
-        let factor = S::splat(a);
-        while i + S::LANES <= n {
-            E::load::<S>(px.add(i)).mul_add(factor, S::load(pacc.add(i))).store(pacc.add(i));
-            i += S::LANES;
-        }
-    }
-    for (acc, x) in acc[i..].iter_mut().zip(&x[i..]) {
-        *acc = x.widen().mul_add(a, *acc);
-    }
-}
-
-/// `x[i] *= a`.
-///
-/// # Safety
-/// The CPU has the features of `S`.
-#[inline(always)]
-pub(crate) unsafe fn scale<S: Simd>(x: &mut [f32], a: f32) {
-    // One correctly rounded product for each element in any width: the compiler may choose.
-    x.iter_mut().for_each(|x| *x *= a);
 }
 
 /// [`matmul`](crate::matmul).
@@ -353,6 +284,172 @@ pub(crate) unsafe fn delta<S: Simd, const OUTPUT: bool>(
     }
 }
 
+/// Rows of a delta state that go through a run's tokens together, to hide the latency of each other's sums.
+const DELTA_ROWS: usize = 2;
+
+/// Several tokens of the delta rule, bit for bit [`delta`] for each; with outputs where there are queries.
+///
+/// # Safety
+/// The CPU has the features of `S`; `DeltaRun::check` has passed.
+#[inline(always)]
+pub(crate) unsafe fn delta_run<S: Simd>(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) {
+    // SAFETY: the caller's promise; a row that is so many vectors wide fits in registers.
+    unsafe {
+        match (run.dim_k == 8 * S::LANES, run.dim_k == 4 * S::LANES, q.is_empty()) {
+            (true, _, false) if S::LANES == 16 => return delta_rows::<S, 8, true>(state, run, q, out),
+            (true, _, true) if S::LANES == 16 => return delta_rows::<S, 8, false>(state, run, q, out),
+            (_, true, false) => return delta_rows::<S, 4, true>(state, run, q, out),
+            (_, true, true) => return delta_rows::<S, 4, false>(state, run, q, out),
+            _ => {}
+        }
+        let (dim_k, dim_v) = (run.dim_k, run.dim_v());
+        for t in 0..run.n() {
+            if q.is_empty() {
+                delta::<S, false>(state, &run.token(t), &[], &mut []);
+            } else {
+                let (q, out) = (&q[t * dim_k..(t + 1) * dim_k], &mut out[t * dim_v..(t + 1) * dim_v]);
+                delta::<S, true>(state, &run.token(t), q, out);
+            }
+        }
+    }
+}
+
+/// The same for rows of `V` vectors, which stay in registers from token to token.
+///
+/// # Safety
+/// As for [`delta_run`]; `dim_k` is `V` vectors; with `OUTPUT` there are queries.
+#[inline(always)]
+unsafe fn delta_rows<S: Simd, const V: usize, const OUTPUT: bool>(
+    state: &mut [f32],
+    run: &DeltaRun<'_>,
+    q: &[f32],
+    out: &mut [f32],
+) {
+    let dim_v = run.dim_v();
+    let mut j = 0;
+    // SAFETY: by contract; there are as many rows left as are taken.
+    unsafe {
+        while j + DELTA_ROWS <= dim_v {
+            delta_row_block::<S, V, DELTA_ROWS, OUTPUT>(state, run, q, out, j);
+            j += DELTA_ROWS;
+        }
+        while j < dim_v {
+            delta_row_block::<S, V, 1, OUTPUT>(state, run, q, out, j);
+            j += 1;
+        }
+    }
+}
+
+/// Rows `j..j + R`.
+///
+/// # Safety
+/// As for [`delta_rows`]; the state has these rows.
+#[inline(always)]
+unsafe fn delta_row_block<S: Simd, const V: usize, const R: usize, const OUTPUT: bool>(
+    state: &mut [f32],
+    run: &DeltaRun<'_>,
+    q: &[f32],
+    out: &mut [f32],
+    j: usize,
+) {
+    let (n, dim_k, dim_v) = (run.n(), V * S::LANES, run.dim_v());
+    let (k, v, q, out) = (run.k.as_ptr(), run.v.as_ptr(), q.as_ptr(), out.as_mut_ptr());
+    // SAFETY: row `j + r` has `dim_k` floats, and so have the key and the query of each of `n` tokens; values and outputs `dim_v`.
+    unsafe {
+        let base = state.as_mut_ptr().add(j * dim_k);
+        let mut rows = [[S::splat(0.0); V]; R];
+        for r in 0..R {
+            for i in 0..V {
+                rows[r][i] = S::load(base.add(r * dim_k + i * S::LANES));
+            }
+        }
+        for t in 0..n {
+            let decay = S::splat(run.decay[t]);
+            let mut recalled = [S::splat(0.0); R];
+            for i in 0..V {
+                let k = S::load(k.add(t * dim_k + i * S::LANES));
+                for r in 0..R {
+                    rows[r][i] = rows[r][i].mul(decay);
+                    recalled[r] = rows[r][i].mul_add(k, recalled[r]);
+                }
+            }
+            let mut d = [S::splat(0.0); R];
+            for r in 0..R {
+                d[r] = S::splat(run.beta[t] * (*v.add(t * dim_v + j + r) - recalled[r].sum()));
+            }
+            let mut read = [S::splat(0.0); R];
+            for i in 0..V {
+                let k = S::load(k.add(t * dim_k + i * S::LANES));
+                for r in 0..R {
+                    rows[r][i] = d[r].mul_add(k, rows[r][i]);
+                }
+                if OUTPUT {
+                    let q = S::load(q.add(t * dim_k + i * S::LANES));
+                    for r in 0..R {
+                        read[r] = rows[r][i].mul_add(q, read[r]);
+                    }
+                }
+            }
+            if OUTPUT {
+                for r in 0..R {
+                    *out.add(t * dim_v + j + r) = read[r].sum();
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..V {
+                rows[r][i].store(base.add(r * dim_k + i * S::LANES));
+            }
+        }
+    }
+}
+
+/// Rows `[KEY_GROUP, dim]` as a group `[dim, KEY_GROUP]`.
+///
+/// # Safety
+/// The CPU has the features of `S`; both have that length.
+#[inline(always)]
+pub(crate) unsafe fn interleave<S: Simd>(rows: &[f32], out: &mut [f32]) {
+    let dim = rows.len() / KEY_GROUP;
+    let n = dim / S::LANES * S::LANES;
+    // SAFETY: rows `c..c + LANES` and dimensions `d..d + LANES` are inside.
+    unsafe {
+        for c in (0..KEY_GROUP).step_by(S::LANES) {
+            for d in (0..n).step_by(S::LANES) {
+                let mut tile = [S::splat(0.0); MAX_LANES];
+                for i in 0..S::LANES {
+                    tile[i] = S::load(rows.as_ptr().add((c + i) * dim + d));
+                }
+                let tile = S::transpose(tile);
+                for j in 0..S::LANES {
+                    tile[j].store(out.as_mut_ptr().add((d + j) * KEY_GROUP + c));
+                }
+            }
+        }
+    }
+    for d in n..dim {
+        for c in 0..KEY_GROUP {
+            out[d * KEY_GROUP + c] = rows[c * dim + d];
+        }
+    }
+}
+
+/// Halves as floats, of any length.
+///
+/// # Safety
+/// The CPU has the features of `S`; the lengths are equal.
+#[inline(always)]
+pub(crate) unsafe fn widen_f16<S: Simd>(from: &[f16], to: &mut [f32]) {
+    let n = to.len() / S::LANES * S::LANES;
+    // SAFETY: vectors end before `n`, which is at most the length.
+    unsafe {
+        for i in (0..n).step_by(S::LANES) {
+            S::load_f16(from.as_ptr().add(i)).store(to.as_mut_ptr().add(i));
+        }
+    }
+    from[n..].iter().zip(&mut to[n..]).for_each(|(from, to)| *to = from.to_f32());
+}
+
 /// Scores, weights and weighted values of a block.
 ///
 /// # Safety
@@ -368,7 +465,7 @@ pub(crate) unsafe fn attend_block<S: Simd>(call: &mut BlockCall<'_>) {
         }
         // A loop: what a closure calls may miss the features.
         for i in 0..call.visible.len() {
-            call.weigh(i);
+            weigh::<S>(call, i);
         }
         match call.v {
             Cells::F32(v) => values::<S, f32>(call, v.as_ptr()),
@@ -378,88 +475,162 @@ pub(crate) unsafe fn attend_block<S: Simd>(call: &mut BlockCall<'_>) {
     }
 }
 
-/// The products of all queries with the keys that anybody sees, and a few around them.
+/// The products of all queries with the keys of the block, a lane for each cell, dimension by dimension.
 ///
 /// # Safety
 /// As for [`attend_block`]; `k` are the call's keys.
 #[inline(always)]
 unsafe fn scores<S: Simd, E: Element>(call: &mut BlockCall<'_>, k: *const E) {
-    let (n, seen) = (call.visible.len(), call.seen());
+    let n = call.visible.len();
     let mut i = 0;
     while i < n {
-        // As many sums as a vector has lanes: added up together, and enough to hide the latency of one.
+        // As many sums as fit in registers beside the keys.
         // SAFETY: there are as many queries left as the tile takes.
         unsafe {
-            i += match (n - i, S::LANES) {
-                (4.., 16) => score_tile::<S, E, 4, 4>(call, i, k, &seen),
-                (2.., 16) => score_tile::<S, E, 2, 8>(call, i, k, &seen),
-                (_, 16) => score_tile::<S, E, 1, 16>(call, i, k, &seen),
-                (4.., _) => score_tile::<S, E, 4, 2>(call, i, k, &seen),
-                (2.., _) => score_tile::<S, E, 2, 4>(call, i, k, &seen),
-                _ => score_tile::<S, E, 1, 8>(call, i, k, &seen),
+            i += match (n.min((i / Q_GROUP + 1) * Q_GROUP) - i, S::LANES) {
+                (8.., 16) => score_tile::<S, E, 8, 2>(call, i, k),
+                (4.., 16) => score_tile::<S, E, 4, 2>(call, i, k),
+                (2.., 16) => score_tile::<S, E, 2, 2>(call, i, k),
+                (_, 16) => score_tile::<S, E, 1, 2>(call, i, k),
+                (4.., _) => score_tile::<S, E, 4, 2>(call, i, k),
+                (2.., _) => score_tile::<S, E, 2, 4>(call, i, k),
+                _ => score_tile::<S, E, 1, 4>(call, i, k),
             };
         }
     }
 }
 
-/// The scores of `Q` queries from query `i` on, `C` cells at a time. Returns `Q`.
+/// The scores of `Q` queries from query `i` on, `V` vectors of cells at a time. Returns `Q`.
 ///
 /// # Safety
-/// As for [`scores`]; the call has these queries; `Q · C` is the number of lanes.
+/// As for [`scores`]; the call has these queries, which are of one group; `V` vectors are a part of a block.
 #[inline(always)]
-unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const C: usize>(
+unsafe fn score_tile<S: Simd, E: Element, const Q: usize, const V: usize>(
     call: &mut BlockCall<'_>,
     i: usize,
     k: *const E,
-    seen: &Range<usize>,
 ) -> usize {
-    debug_assert!(Q * C == S::LANES && BLOCK.is_multiple_of(C));
-    let width = call.width;
-    let q = call.q.as_ptr();
-    for first in (seen.start / C * C..seen.end).step_by(C) {
-        // SAFETY: cells `first..first + C` are inside the block, vectors inside the padded width.
-        unsafe {
-            if i == 0 {
-                prefetch_cells::<S>(call.next[0], first, C);
-            }
-            let (q, k) = (q.add(i * width), k.add(first * width));
-            let mut sums = [[S::splat(0.0); C]; Q];
-            for d in (0..width).step_by(S::LANES) {
-                let mut keys = [S::splat(0.0); C];
-                for c in 0..C {
-                    keys[c] = E::load::<S>(k.add(c * width + d));
+    const { assert!(KEY_GROUP.is_multiple_of(S::LANES)) };
+    debug_assert!((BLOCK / S::LANES).is_multiple_of(V));
+    let dim = call.dim;
+    let per_dim = call.next[0].len() / dim;
+    // SAFETY: dimension `d` of the cells of lane vector `v` lies in the group that the vector is part of.
+    unsafe {
+        let q = call.q.as_ptr().add(i / Q_GROUP * Q_GROUP * dim + i % Q_GROUP);
+        for first in (0..BLOCK).step_by(V * S::LANES) {
+            let mut sums = [[S::splat(0.0); V]; Q];
+            for d in 0..dim {
+                if i == 0 && first == 0 {
+                    prefetch_part::<S>(call.next[0], d, per_dim);
+                }
+                let mut keys = [S::splat(0.0); V];
+                for v in 0..V {
+                    let cell = first + v * S::LANES;
+                    keys[v] =
+                        E::load::<S>(k.add((cell / KEY_GROUP * dim + d) * KEY_GROUP + cell % KEY_GROUP));
                 }
                 for j in 0..Q {
-                    let q = S::load(q.add(j * width + d));
-                    for c in 0..C {
-                        sums[j][c] = keys[c].mul_add(q, sums[j][c]);
+                    let q = S::splat(*q.add(d * Q_GROUP + j));
+                    for v in 0..V {
+                        sums[j][v] = keys[v].mul_add(q, sums[j][v]);
                     }
                 }
             }
-            let mut flat = [S::splat(0.0); MAX_LANES];
             for j in 0..Q {
-                for c in 0..C {
-                    flat[j * C + c] = sums[j][c];
+                for v in 0..V {
+                    sums[j][v].store(call.weights.as_mut_ptr().add((i + j) * BLOCK + first + v * S::LANES));
                 }
-            }
-            let mut lanes = [0.0f32; MAX_LANES];
-            S::sums(&flat).store(lanes.as_mut_ptr());
-            for j in 0..Q {
-                let at = (i + j) * BLOCK + first;
-                call.weights[at..at + C].copy_from_slice(&lanes[j * C..(j + 1) * C]);
             }
         }
     }
     Q
 }
 
-/// Asks for the bytes of some cells of a block, where there is one.
+/// Asks for the lines that begin in part `i` of these bytes, in parts of `n`.
 #[inline(always)]
-fn prefetch_cells<S: Simd>(block: &[u8], first: usize, n: usize) {
-    let mut at = first * block.len() / BLOCK;
-    while at < (first + n) * block.len() / BLOCK {
-        S::prefetch(block.as_ptr().wrapping_add(at));
+fn prefetch_part<S: Simd>(bytes: &[u8], i: usize, n: usize) {
+    let mut at = (i * n).next_multiple_of(64);
+    while at < (i + 1) * n {
+        S::prefetch(bytes.as_ptr().wrapping_add(at));
         at += 64;
+    }
+}
+
+/// [`BlockCall::weigh`], with vectors and fused operations.
+///
+/// # Safety
+/// As for [`attend_block`]; the call has this query.
+#[inline(always)]
+unsafe fn weigh<S: Simd>(call: &mut BlockCall<'_>, i: usize) {
+    let n_vectors = const { BLOCK / S::LANES };
+    let visible = &call.visible[i];
+    let scores = &mut call.weights[i * BLOCK..(i + 1) * BLOCK];
+    if let Some(cap) = call.softcap {
+        for score in scores.iter_mut() {
+            *score = softcap(*score, cap);
+        }
+    }
+    if *visible != (0..BLOCK) {
+        scores[..visible.start].fill(f32::NEG_INFINITY);
+        scores[visible.end..].fill(f32::NEG_INFINITY);
+    }
+    let sums = &mut call.sums.weight[i * SUMS..(i + 1) * SUMS];
+    let old = call.sums.max[i];
+    // SAFETY: there are a block of scores and `SUMS` sums, which are whole vectors.
+    unsafe {
+        let scores = scores.as_mut_ptr();
+        let mut x = [S::splat(0.0); MAX_VECTORS];
+        let mut top = S::splat(f32::NEG_INFINITY);
+        for v in 0..n_vectors {
+            x[v] = S::load(scores.add(v * S::LANES));
+            top = x[v].greater(top);
+        }
+        let max = S::splat(top.greatest()).greater(S::splat(old)).first();
+        call.sums.max[i] = max;
+        let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+        // What the maximum was before stays what it is: the usual case, and its factor is exactly that of `weight`.
+        let factor = if max == old && max != f32::NEG_INFINITY {
+            1.0
+        } else {
+            weight::<S>(S::splat(old - base)).first()
+        };
+        call.factors[i] = factor;
+        for v in 0..n_vectors {
+            x[v] = weight::<S>(x[v].sub(S::splat(base)));
+            x[v].store(scores.add(v * S::LANES));
+        }
+        let n_sums = const { SUMS / S::LANES };
+        let sums = sums.as_mut_ptr();
+        for v in 0..n_sums {
+            let at = sums.add(v * S::LANES);
+            S::load(at).mul_add(S::splat(factor), x[v].add(x[v + n_sums])).store(at);
+        }
+    }
+}
+
+/// Vectors of a block.
+const MAX_VECTORS: usize = 8;
+
+/// `e^x` for `x ≤ 0`, and nothing where that is nearly nothing, as [`act::exp`](crate::act::exp) computes it. NaN stays.
+///
+/// # Safety
+/// The CPU has the features of `S`.
+#[inline(always)]
+unsafe fn weight<S: Simd>(x: S) -> S {
+    const ROUND: f32 = 12_582_912.0;
+    // SAFETY: the caller's promise. The power is from -126 to 0.
+    unsafe {
+        let limit = S::splat(-87.0);
+        let bounded = limit.greater(x);
+        let shifted = bounded.mul_add(S::splat(std::f32::consts::LOG2_E), S::splat(ROUND));
+        let n = shifted.sub(S::splat(ROUND));
+        let r = n.mul_add(S::splat(-0.693_359_4), bounded);
+        let r = n.mul_add(S::splat(2.121_944_4e-4), r);
+        let mut series = S::splat(1.0 / 720.0);
+        for factor in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            series = series.mul_add(r, S::splat(factor));
+        }
+        series.scale_by_power(shifted).zero_where_less(x, limit)
     }
 }
 
@@ -536,7 +707,7 @@ unsafe fn value_run<S: Simd, E: Element, const Q: usize, const D: usize>(
             }
             for c in cells.clone() {
                 if i == 0 && d == 0 {
-                    prefetch_cells::<S>(call.next[1], c, 1);
+                    prefetch_part::<S>(call.next[1], c, call.next[1].len() / BLOCK);
                 }
                 let mut values = [S::splat(0.0); D];
                 for l in 0..D {
@@ -570,30 +741,18 @@ macro_rules! kernel_table {
             $detected.then_some(KernelTable {
                 isa: $isa,
                 rows: ROW_OPS,
-                dot,
-                dot_f16,
-                axpy,
-                axpy_f16,
-                scale,
                 matmul_tile,
                 delta_step,
                 delta_advance,
+                delta_run,
                 attend_block,
+                interleave,
+                widen_f16,
             })
         }
 
         crate::row_ops::row_ops!($features);
 
-        kernel_table!(@kernel $features, dot(a: &[f32], b: &[f32]) -> f32,
-            assert_eq!(a.len(), b.len()), simd::dot::<$vector, f32>(a, b));
-        kernel_table!(@kernel $features, dot_f16(a: &[f32], b: &[f16]) -> f32,
-            assert_eq!(a.len(), b.len()), simd::dot::<$vector, f16>(a, b));
-        kernel_table!(@kernel $features, axpy(acc: &mut [f32], a: f32, x: &[f32]) -> (),
-            assert_eq!(acc.len(), x.len()), simd::axpy::<$vector, f32>(acc, a, x));
-        kernel_table!(@kernel $features, axpy_f16(acc: &mut [f32], a: f32, x: &[f16]) -> (),
-            assert_eq!(acc.len(), x.len()), simd::axpy::<$vector, f16>(acc, a, x));
-        kernel_table!(@kernel $features, scale(x: &mut [f32], a: f32) -> (),
-            (), simd::scale::<$vector>(x, a));
         kernel_table!(@kernel $features,
             matmul_tile(w: &WeightRows<'_>, x: &[f32], scratch: &mut Vec<f32>, out: &mut [f32]) -> (),
             { w.checked_columns(x, out); }, simd::matmul_tile::<$vector>(w, x, scratch, out));
@@ -604,8 +763,15 @@ macro_rules! kernel_table {
         kernel_table!(@kernel $features,
             delta_advance(state: &mut [f32], token: &DeltaToken<'_>) -> (),
             token.check_state(state), simd::delta::<$vector, false>(state, token, &[], &mut []));
+        kernel_table!(@kernel $features,
+            delta_run(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]) -> (),
+            run.check(state, q, out), simd::delta_run::<$vector>(state, run, q, out));
         kernel_table!(@kernel $features, attend_block(call: &mut BlockCall<'_>) -> (),
             call.check(), simd::attend_block::<$vector>(call));
+        kernel_table!(@kernel $features, interleave(rows: &[f32], out: &mut [f32]) -> (),
+            crate::kv::check_group(rows, out), simd::interleave::<$vector>(rows, out));
+        kernel_table!(@kernel $features, widen_f16(from: &[f16], to: &mut [f32]) -> (),
+            assert_eq!(from.len(), to.len()), simd::widen_f16::<$vector>(from, to));
     };
     (@kernel $features:literal, $name:ident($($arg:ident: $ty:ty),*) -> $ret:ty, $check:expr, $body:expr) => {
         fn $name($($arg: $ty),*) -> $ret {

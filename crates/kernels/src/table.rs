@@ -6,7 +6,7 @@
 //! tests run on each, and a bug report can say whether `scalar` agrees.
 
 use crate::attention::BlockCall;
-use crate::delta::DeltaToken;
+use crate::delta::{DeltaRun, DeltaToken};
 use crate::row_ops::RowOps;
 use half::f16;
 use std::sync::OnceLock;
@@ -34,24 +34,20 @@ pub struct KernelTable {
     pub isa: &'static str,
     /// What is plain Rust, compiled for this instruction set; the same bits in every table.
     pub rows: RowOps,
-    /// `Σ a[i]·b[i]`; equal lengths.
-    pub dot: fn(a: &[f32], b: &[f32]) -> f32,
-    /// `Σ a[i]·b[i]` with half-precision `b`, widened before the product; equal lengths.
-    pub dot_f16: fn(a: &[f32], b: &[f16]) -> f32,
-    /// `acc[i] += a·x[i]`; equal lengths.
-    pub axpy: fn(acc: &mut [f32], a: f32, x: &[f32]),
-    /// `acc[i] += a·x[i]` with half-precision `x`; equal lengths.
-    pub axpy_f16: fn(acc: &mut [f32], a: f32, x: &[f16]),
-    /// `x[i] *= a`.
-    pub scale: fn(x: &mut [f32], a: f32),
     /// The product of some weight rows with all rows of `x`: see [`matmul_tile`](crate::matmul).
     pub matmul_tile: MatmulTile,
     /// One token of the gated delta rule, with its output: see [`delta`](crate::delta).
     pub delta_step: fn(state: &mut [f32], token: &DeltaToken<'_>, q: &[f32], out: &mut [f32]),
     /// The state after the same token, bit for bit, without the output.
     pub delta_advance: fn(state: &mut [f32], token: &DeltaToken<'_>),
+    /// Several tokens, bit for bit one after the other; `q` and `out` may both be empty.
+    pub delta_run: fn(state: &mut [f32], run: &DeltaRun<'_>, q: &[f32], out: &mut [f32]),
     /// A block of KV cells for the queries that share it: see [`attention`](crate::attention).
     pub attend_block: fn(call: &mut BlockCall<'_>),
+    /// Keys of [`KEY_GROUP`](crate::kv::KEY_GROUP) cells, row by row, as a group of them, dimension by dimension.
+    pub interleave: fn(rows: &[f32], out: &mut [f32]),
+    /// Halves as floats, exactly; equal lengths.
+    pub widen_f16: fn(from: &[f16], to: &mut [f32]),
 }
 
 /// `x [n, n_in]` times weight rows `[m, n_in]` gives `out [n, m]`: see [`matmul`](crate::matmul).

@@ -24,6 +24,7 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -52,8 +53,8 @@ struct Shared {
     state: AtomicU64,
     /// The work of the open region. Written only while no region is open and nobody is inside.
     job: UnsafeCell<Option<Job>>,
-    /// The next tile that nobody has taken yet.
-    next: AtomicUsize,
+    /// The tiles that nobody has taken yet: a run for each thread, the caller's first.
+    runs: Box<[Run]>,
     /// A region is running: a second one, nested or of another thread, runs inline instead.
     busy: AtomicBool,
     stop: AtomicBool,
@@ -65,12 +66,49 @@ struct Shared {
     wake: Condvar,
 }
 
+/// Tiles that are to be taken, `next` in the lower half and `end` in the upper; on a cache line of its own.
+#[repr(align(128))]
+#[derive(Default)]
+struct Run(AtomicU64);
+
+impl Run {
+    fn set(&self, next: usize, end: usize) {
+        self.0.store((end as u64) << 32 | next as u64, Ordering::Relaxed);
+    }
+
+    fn len(&self) -> usize {
+        let (next, end) = Self::parts(self.0.load(Ordering::Relaxed));
+        end - next
+    }
+
+    fn parts(word: u64) -> (usize, usize) {
+        (word as u32 as usize, (word >> 32) as usize)
+    }
+
+    /// Takes the first quarter of the tiles, at least one: each time costs a locked instruction, which waits for all memory
+    /// accesses before it, so that a sweep over memory has to start anew.
+    fn first(&self) -> Option<Range<usize>> {
+        let take = |word| {
+            let (next, end) = Self::parts(word);
+            (next < end).then(|| word + (end - next).div_ceil(4) as u64)
+        };
+        let (next, end) = Self::parts(self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?);
+        Some(next..next + (end - next).div_ceil(4))
+    }
+
+    /// Takes the last tile.
+    fn last(&self) -> Option<Range<usize>> {
+        let take = |word| (Self::parts(word).0 < Self::parts(word).1).then(|| word - (1 << 32));
+        let (_, end) = Self::parts(self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?);
+        Some(end - 1..end)
+    }
+}
+
 /// A region's work. The lifetime of the closure is erased; `for_each` does not return before the
 /// last worker has left the region.
 #[derive(Clone, Copy)]
 struct Job {
     tile: *const Tile<'static>,
-    n_tiles: usize,
 }
 
 // SAFETY: `job` is the only field that is not `Sync` by itself. It is written by the holder of
@@ -94,7 +132,7 @@ impl Team {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            runs: (0..n_threads).map(|_| Run::default()).collect(),
             busy: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -107,7 +145,7 @@ impl Team {
                 let shared = Arc::clone(&shared);
                 std::thread::Builder::new()
                     .name(format!("paceline-team-{i}"))
-                    .spawn(move || shared.work())
+                    .spawn(move || shared.work(i))
                     .ok()
             })
             .collect();
@@ -125,8 +163,9 @@ impl Team {
     /// team run on the calling thread alone.
     ///
     /// # Panics
-    /// With the first tile's panic, after all the other tiles have ended. The team stays usable.
+    /// If there are 2^32 tiles or more. With the first tile's panic, after all the other tiles have ended. The team stays usable.
     pub fn for_each(&self, n_tiles: usize, tile: &Tile<'_>) {
+        assert!(u32::try_from(n_tiles).is_ok(), "{n_tiles} tiles");
         let alone = n_tiles <= 1 || self.workers.is_empty();
         if alone || self.shared.busy.swap(true, Ordering::Acquire) {
             return run_inline(n_tiles, tile);
@@ -171,14 +210,16 @@ impl Shared {
         // this region, and this function returns after the last leave.
         let tile = unsafe { std::mem::transmute::<*const Tile<'_>, *const Tile<'static>>(tile) };
         // SAFETY: the previous region is closed and left by all, and `busy` is ours.
-        unsafe { *self.job.get() = Some(Job { tile, n_tiles }) };
-        self.next.store(0, Ordering::Relaxed);
+        unsafe { *self.job.get() = Some(Job { tile }) };
+        let n_runs = n_workers + 1;
+        let start = |run: usize| run * n_tiles / n_runs;
+        self.runs[..n_runs].iter().enumerate().for_each(|(i, run)| run.set(start(i), start(i + 1)));
         let closed = self.state.load(Ordering::Relaxed);
         debug_assert_eq!(closed & (OPEN | INSIDE), 0, "the last region was left by all");
         self.state.store(closed.wrapping_add(REGION) | OPEN, Ordering::SeqCst);
         self.wake_sleepers(n_workers.min(n_tiles - 1));
 
-        self.take_tiles(Job { tile, n_tiles });
+        self.take_tiles(Job { tile }, 0);
 
         self.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spin = Spin::start();
@@ -190,16 +231,25 @@ impl Shared {
         lock(&self.panic).take()
     }
 
-    fn take_tiles(&self, job: Job) {
+    /// Takes tiles until there are none: thread `me`'s own, then the last of whoever has most left.
+    fn take_tiles(&self, job: Job, me: usize) {
         loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= job.n_tiles {
-                return;
-            }
+            let tiles = self.runs[me].first().or_else(|| {
+                // Somebody may be faster, so look again until all runs are empty.
+                loop {
+                    let most = self.runs.iter().max_by_key(|run| run.len()).filter(|run| run.len() > 0)?;
+                    if let Some(tile) = most.last() {
+                        return Some(tile);
+                    }
+                }
+            });
+            let Some(tiles) = tiles else { return };
             // SAFETY: `for_each` borrows the closure until this region has been left by all.
             let tile = unsafe { &*job.tile };
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| tile(i))) {
-                lock(&self.panic).get_or_insert(payload);
+            for i in tiles {
+                if let Err(payload) = catch_unwind(AssertUnwindSafe(|| tile(i))) {
+                    lock(&self.panic).get_or_insert(payload);
+                }
             }
         }
     }
@@ -215,7 +265,7 @@ impl Shared {
     }
 
     /// A worker's life.
-    fn work(&self) {
+    fn work(&self, me: usize) {
         let mut last_region = 0;
         let mut spin = Spin::start();
         while !self.stop.load(Ordering::Relaxed) {
@@ -232,7 +282,7 @@ impl Shared {
                 last_region = seen / REGION;
                 // SAFETY: joined, and the job is not written before we leave.
                 let job = unsafe { *self.job.get() };
-                self.take_tiles(job.expect("an open region has a job"));
+                self.take_tiles(job.expect("an open region has a job"), me);
                 self.state.fetch_sub(1, Ordering::Release);
                 spin = Spin::start();
             }
@@ -329,6 +379,35 @@ mod tests {
                 std::thread::yield_now();
             }
         });
+    }
+
+    #[test]
+    fn each_thread_begins_with_its_own_run() {
+        let team = Team::new(2);
+        let caller = std::thread::current().id();
+        for n_tiles in [2, 5, 8] {
+            let taken = [Mutex::new(Vec::new()), Mutex::new(Vec::new())];
+            let arrived = AtomicU32::new(0);
+            team.for_each(n_tiles, &|i| {
+                let mut taken = lock(&taken[usize::from(std::thread::current().id() != caller)]);
+                taken.push(i);
+                if taken.len() == 1 {
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    while arrived.load(Ordering::SeqCst) < 2 {
+                        std::thread::yield_now();
+                    }
+                }
+            });
+            let [ours, theirs] = taken.map(|taken| taken.into_inner().expect("no panic"));
+            assert_eq!([ours[0], theirs[0]], [0, n_tiles / 2], "of {n_tiles}");
+            // The own run upwards, then those of the other from its end downwards.
+            let own = |tiles: &[usize], run: Range<usize>| {
+                tiles.iter().copied().filter(|i| run.contains(i)).collect()
+            };
+            let upwards: [Vec<usize>; 2] = [own(&ours, 0..n_tiles / 2), own(&theirs, n_tiles / 2..n_tiles)];
+            assert!(upwards.iter().all(|tiles| tiles.is_sorted()), "{ours:?} {theirs:?}");
+            assert_eq!(ours.len() + theirs.len(), n_tiles);
+        }
     }
 
     #[test]

@@ -47,6 +47,6 @@ pub mod samplers;
 
 pub use logprobs::TokenLogprobs;
 pub use params::{ParamError, SamplingParams};
-pub use sampler::{Choice, Proposal, SampleError, Sampler};
+pub use sampler::{Choice, Known, Proposal, SampleError, Sampler};
 pub use samplers::dry::DryBreakers;
 pub use samplers::{SAMPLERS, SamplerKind};

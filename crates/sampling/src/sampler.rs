@@ -135,7 +135,17 @@ impl Sampler {
     /// The token at `position` (its index in the sequence, prompt included), from the target's logits
     /// `[n_vocab]` there. -inf is a ban.
     pub fn choose(&mut self, position: u64, logits: &[f32]) -> Result<Choice, SampleError> {
-        let chosen = self.draw(position, logits)?;
+        self.choose_known(position, logits, None)
+    }
+
+    /// The same from a row of which something is known already, which spares going over it where that is enough.
+    pub fn choose_known(
+        &mut self,
+        position: u64,
+        logits: &[f32],
+        known: Option<Known>,
+    ) -> Result<Choice, SampleError> {
+        let chosen = self.draw(position, logits, known)?;
         let logprobs = (self.params.n_probs > 0).then(|| {
             let n_probs = self.params.n_probs as usize;
             if !self.params.post_sampling_probs {
@@ -174,11 +184,24 @@ impl Sampler {
     /// history and, above all, the same noise as [`Self::choose`] will use there. The nearer the two rows, the
     /// likelier the two tokens agree; equal rows give equal tokens.
     pub fn propose(&mut self, position: u64, logits: &[f32]) -> Result<Proposal, SampleError> {
-        let drawn = self.draw(position, logits)?;
+        self.propose_known(position, logits, None)
+    }
+
+    /// The same from a row of which something is known already.
+    pub fn propose_known(
+        &mut self,
+        position: u64,
+        logits: &[f32],
+        known: Option<Known>,
+    ) -> Result<Proposal, SampleError> {
+        let drawn = self.draw(position, logits, known)?;
         let q = if self.params.is_greedy() {
             // The chain would leave 1; the softmax says how sure the drafter is, which is what planning needs.
-            let max = argmax(logits).map_or(0.0, |(_, logit)| logit);
-            (f64::from(logits[drawn.token as usize]) - log_sum_exp(logits, max)).exp() as f32
+            let log_sum = known.map_or_else(
+                || log_sum_exp(logits, argmax(logits).map_or(0.0, |(_, logit)| logit)),
+                |known| known.log_sum,
+            );
+            (f64::from(logits[drawn.token as usize]) - log_sum).exp() as f32
         } else {
             let list = self.candidates.softmax();
             list.iter().find(|c| c.token == drawn.token).expect("the drawn one is listed").p
@@ -205,10 +228,20 @@ impl Sampler {
     }
 
     /// Runs the chain and draws; except for the raw argmax, `self.candidates` then holds what the chain left.
-    fn draw(&mut self, position: u64, logits: &[f32]) -> Result<Candidate, SampleError> {
-        self.check(position, logits)?;
+    fn draw(
+        &mut self,
+        position: u64,
+        logits: &[f32],
+        known: Option<Known>,
+    ) -> Result<Candidate, SampleError> {
         let nothing_left = SampleError::NothingLeft { position };
         let only = |(token, logit)| Candidate { token, logit, p: 1.0, key: 0.0 };
+        match known {
+            Some(known) if self.takes_raw_argmax() && logits.len() == self.n_vocab => {
+                return Ok(only((known.token, logits[known.token as usize])));
+            }
+            _ => self.check(position, logits)?,
+        }
         if self.takes_raw_argmax() {
             return argmax(logits).map(only).ok_or(nothing_left);
         }
@@ -224,6 +257,15 @@ impl Sampler {
         }
         pick(candidates.list(), PositionNoise::new(params.seed, position)).ok_or(nothing_left)
     }
+}
+
+/// What is known of a row of logits, none of which is NaN or infinity, by whoever computed them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Known {
+    /// The greatest logit's token, the lowest of several.
+    pub token: u32,
+    /// `ln Σ exp(logit)`.
+    pub log_sum: f64,
 }
 
 /// `argmax (logit + G(token))`, ties to the lowest token. The normalisation of log-probabilities cancels.

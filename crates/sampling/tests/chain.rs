@@ -1,7 +1,7 @@
 //! The whole chain through the public door: order, greedy, errors, logprobs, purity.
 
 use paceline_sampling::{
-    DryBreakers, ParamError, SampleError, Sampler, SamplingParams, noise::gumbel, samplers,
+    DryBreakers, Known, ParamError, SampleError, Sampler, SamplingParams, noise::gumbel, samplers,
 };
 use proptest::prelude::*;
 
@@ -47,6 +47,32 @@ fn the_choice_is_the_argmax_of_logit_plus_noise() {
                 want,
                 "seed {seed} position {position}"
             );
+        }
+    }
+}
+
+#[test]
+fn what_is_known_of_a_row_changes_nothing() {
+    for (seed, temperature, bias) in [(1, 0.0, 0.0), (2, 0.0, 9.0), (3, 0.7, 0.0)] {
+        let logits: Vec<f32> = (0..3000).map(|t| 2.0 * gumbel(77, seed, t)).collect();
+        let best = (0..3000u32).max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize])).unwrap();
+        let log_sum = logits.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+        let known = Some(Known { token: best, log_sum });
+        let mut sampler = sampler(3000, |p| {
+            (p.temperature, p.seed, p.n_probs) = (temperature, seed, 3);
+            if bias > 0.0 {
+                p.logit_bias = vec![(5, bias)];
+            }
+        });
+        for position in 0..20 {
+            let want = sampler.choose(position, &logits).unwrap();
+            assert_eq!(sampler.choose_known(position, &logits, known).unwrap(), want);
+            let (want, got) = (
+                sampler.propose(position, &logits).unwrap(),
+                sampler.propose_known(position, &logits, known).unwrap(),
+            );
+            assert_eq!(got.token, want.token);
+            assert!((got.q - want.q).abs() < 1e-5, "{} {}", got.q, want.q);
         }
     }
 }

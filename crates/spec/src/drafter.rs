@@ -1,8 +1,8 @@
 //! The interface of a source of drafts.
 
-use paceline_backend::Tap;
+use paceline_backend::{StepOut, Tap};
 use paceline_memory::{Memory, SeqId};
-use paceline_sampling::Sampler;
+use paceline_sampling::{Known, Sampler};
 
 use crate::Token;
 
@@ -113,4 +113,9 @@ pub(crate) fn token_bytes(tokens: &[Token]) -> Vec<u8> {
 /// And back.
 pub(crate) fn tokens_of(bytes: &[u8]) -> Vec<Token> {
     bytes.as_chunks().0.iter().map(|token| Token::from_le_bytes(*token)).collect()
+}
+
+/// What a step knows of output row `i`, in the sampler's words.
+pub fn known(out: &StepOut, i: usize) -> Option<Known> {
+    out.summary(i).map(|row| Known { token: row.at, log_sum: row.log_sum })
 }

@@ -18,7 +18,7 @@ mod small;
 mod taps;
 mod verify;
 
-pub use drafter::{Draft, DraftRequest, Drafter, Kept};
+pub use drafter::{Draft, DraftRequest, Drafter, Kept, known};
 pub use ngram::Ngram;
 pub use registry::{DRAFTERS, DrafterKind, KindError, LoadDrafter, LoadError, Origin, kind, kind_of, load};
 pub use taps::TapUnion;

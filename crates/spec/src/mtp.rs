@@ -19,6 +19,7 @@ use paceline_models::Weights;
 
 use crate::{
     Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+    drafter::known,
 };
 
 /// The registry entry.
@@ -193,7 +194,8 @@ impl Drafter for Mtp {
             chains.retain_mut(|chain| {
                 let (request, draft) = (&mut requests[chain.at], &mut drafts[chain.at]);
                 let position = (request.position + n_drafted + 1) as u64;
-                let proposed = request.sampler.propose(position, self.out.output_row(row));
+                let known = known(&self.out, row);
+                let proposed = request.sampler.propose_known(position, self.out.output_row(row), known);
                 chain.hidden.clear();
                 chain.hidden.extend_from_slice(self.out.taps_rows(row..row + 1));
                 row += 1;

@@ -17,6 +17,7 @@ use paceline_memory::{Memory, SeqId};
 
 use crate::{
     Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, Token,
+    drafter::known,
     drafter::{token_bytes, tokens_of},
 };
 
@@ -145,7 +146,7 @@ impl Small {
     /// Takes row `output` of the last run into a draft. None ends the draft.
     fn pick(&self, output: usize, request: &mut DraftRequest<'_>, draft: &mut Draft) -> Option<Token> {
         let position = (request.position + 1 + draft.tokens.len()) as u64;
-        match request.sampler.propose(position, self.out.output_row(output)) {
+        match request.sampler.propose_known(position, self.out.output_row(output), known(&self.out, output)) {
             Ok(proposal) => {
                 draft.tokens.push(proposal.token);
                 draft.q.push(proposal.q);

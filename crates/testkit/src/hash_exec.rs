@@ -329,5 +329,6 @@ impl Exec for HashExec {
         for &row in &rows {
             self.model.taps_into(row, &mut out.taps);
         }
+        out.summarize();
     }
 }

@@ -260,6 +260,7 @@ impl Exec for ScalarExec {
         };
         out.output_width = copy(self.plan.output, &mut out.output);
         out.taps_width = copy(self.plan.taps, &mut out.taps);
+        out.summarize();
     }
 }
 

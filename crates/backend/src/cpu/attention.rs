@@ -47,21 +47,31 @@ pub(super) struct KvPlace {
 }
 
 impl KvPlace {
-    /// Writes the key and the value of a row to its cell.
-    pub fn append(self, cx: &Cx<'_>, row: usize, k: Buf, v: Buf) {
-        let lane = &cx.step.lanes[cx.lane_of_row[row] as usize];
-        let cell = lane.n_past + row - lane.rows.start;
-        let (id, in_page) = (lane.pages[cell / cx.page_len].0, cell % cx.page_len);
-        for (offset, buf, ty) in [(self.offsets[0], k, cx.kv.k), (self.offsets[1], v, cx.kv.v)] {
-            let bytes = ty.row_bytes(self.head_dim);
-            for (head, values) in cx.row(buf, row).chunks_exact(self.head_dim).enumerate() {
-                let at = offset + (head * cx.page_len + in_page) * bytes;
-                // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), a row's cell is
-                // written by the tile of the row alone, and no other op of this wave touches pages
-                // (`StateAccess::conflicts`).
-                ty.write(values, unsafe { cx.page_mut(id, at..at + bytes) });
+    /// Writes the keys and the values of head `head` of a lane's rows to their cells.
+    pub fn append(self, cx: &Cx<'_>, lane: &Lane<'_>, head: usize, k: Buf, v: Buf) {
+        let columns = head * self.head_dim..(head + 1) * self.head_dim;
+        let value_bytes = cx.kv.v.row_bytes(self.head_dim);
+        let [keys, values] = self.head_bytes(cx, head);
+        for (i, row) in lane.rows.clone().enumerate() {
+            let cell = lane.n_past + i;
+            let (id, in_page) = (lane.pages[cell / cx.page_len].0, cell % cx.page_len);
+            // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), the tile of a lane and a head alone
+            // writes the head's cells, and no other op of this wave touches pages (`StateAccess::conflicts`).
+            unsafe {
+                cx.kv.k.write_key(&cx.row(k, row)[columns.clone()], in_page, cx.page_mut(id, keys.clone()));
+                let at = values.start + in_page * value_bytes;
+                cx.kv.v.write(&cx.row(v, row)[columns.clone()], cx.page_mut(id, at..at + value_bytes));
             }
         }
+    }
+
+    /// Where a page has the keys and the values of a head.
+    fn head_bytes(self, cx: &Cx<'_>, head: usize) -> [Range<usize>; 2] {
+        let bytes = cx.kv.head_bytes(self.head_dim, cx.page_len);
+        [0, 1].map(|part| {
+            let at = self.offsets[part] + head * bytes[part];
+            at..at + bytes[part]
+        })
     }
 }
 
@@ -254,13 +264,8 @@ impl Attention<'_> {
 
     /// A head's keys and values in page `i` of a lane.
     fn page<'s>(&self, cx: &'s Cx<'_>, lane: &Lane<'_>, head: usize, i: usize) -> [&'s [u8]; 2] {
-        let place = self.place;
-        [(place.offsets[0], cx.kv.k), (place.offsets[1], cx.kv.v)].map(|(offset, ty)| {
-            let bytes = cx.page_len * ty.row_bytes(place.head_dim);
-            let at = offset + head * bytes;
-            // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
-            unsafe { cx.page(lane.pages[i].0, at..at + bytes) }
-        })
+        // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
+        self.place.head_bytes(cx, head).map(|bytes| unsafe { cx.page(lane.pages[i].0, bytes) })
     }
 }
 

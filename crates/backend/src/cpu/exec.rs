@@ -6,9 +6,10 @@ use paceline_kernels::{
     KernelTable, SharedMut, Team,
     kv::KvBytes,
     packed::{PackedTable, QuantRows, RowWriter},
+    summary::{CHUNK, Summary},
 };
 
-use crate::{Buf, Exec, KvTypes, Op, Plan, Rows, Step, StepOut, WeightId};
+use crate::{Buf, Exec, KvTypes, Op, Plan, RowSummary, Rows, Step, StepOut, WeightId};
 
 use super::{
     moe::Groups,
@@ -50,12 +51,12 @@ pub(super) struct CpuExec {
     groups: Vec<Groups>,
     share_from: Nanos,
     ropes: Ropes,
-    /// Lane of each row of the step.
-    lane_of_row: Vec<u32>,
     /// For each task of a wave, the number of tiles up to its end.
     ends: Vec<usize>,
     /// Memory for the writers of a wave; empty between waves.
     writers: Vec<RowWriter<'static>>,
+    /// Summaries of the chunks of the output rows.
+    chunks: Vec<Summary>,
 }
 
 /// Tasks between two barriers.
@@ -128,7 +129,6 @@ pub(super) struct Cx<'a> {
     pub pages: SharedMut<'a, Option<KvBytes>>,
     pub slots: SharedMut<'a, f32>,
     pub windows: SharedMut<'a, f32>,
-    pub lane_of_row: &'a [u32],
     pub ropes: &'a Ropes,
     arenas: [SharedMut<'a, f32>; 2],
     /// What the step hands out, output and taps: computed where the caller keeps it.
@@ -302,9 +302,9 @@ impl CpuExec {
             groups,
             share_from: SHARE_FROM,
             ropes,
-            lane_of_row: Vec::new(),
             ends: Vec::new(),
             writers: Vec::new(),
+            chunks: Vec::new(),
         }
     }
 
@@ -336,9 +336,7 @@ impl Exec for CpuExec {
         self.ropes.turn_to(step.positions);
         let mut inner = self.states.lock();
         let inner = &mut *inner;
-        self.lane_of_row.resize(step.n_rows(), 0);
-        for (i, lane) in step.lanes.iter().enumerate() {
-            self.lane_of_row[lane.rows.clone()].fill(i as u32);
+        for lane in step.lanes {
             if let Some(slot) = lane.slot {
                 let n_tentative = lane.rows.len() - lane.n_certain;
                 assert!(
@@ -377,7 +375,6 @@ impl Exec for CpuExec {
             pages: SharedMut::new(&mut inner.pages),
             slots: SharedMut::new(&mut inner.slots),
             windows: SharedMut::new(&mut inner.windows),
-            lane_of_row: &self.lane_of_row,
             ropes: &self.ropes,
             arenas: [SharedMut::new(batch), SharedMut::new(output)],
             results: [SharedMut::new(&mut out.output), SharedMut::new(&mut out.taps)],
@@ -422,5 +419,38 @@ impl Exec for CpuExec {
         // The same memory, for writers of another lifetime: collecting in place allocates nothing.
         self.writers = writers.into_iter().map(|_| unreachable!("cleared after each wave")).collect();
         out.n_experts_read = (0..cx.groups.len()).map(|router| cx.groups(router).n_chosen()).sum();
+        summarize(&mut self.chunks, &self.team, self.kernels.table, self.share_from, out);
     }
+}
+
+/// Summarises the output rows, all threads together.
+fn summarize(
+    chunks: &mut Vec<Summary>,
+    team: &Team,
+    table: &KernelTable,
+    share_from: Nanos,
+    out: &mut StepOut,
+) {
+    let StepOut { output, output_width, summaries, .. } = out;
+    summaries.clear();
+    if output.is_empty() {
+        return;
+    }
+    let per_row = output_width.div_ceil(CHUNK);
+    let n_chunk = output.len() / *output_width * per_row;
+    chunks.resize(n_chunk, Summary::EMPTY);
+    let chunk = |i: usize| {
+        let row = &output[i / per_row * *output_width..(i / per_row + 1) * *output_width];
+        &row[i % per_row * CHUNK..row.len().min((i % per_row + 1) * CHUNK)]
+    };
+    let parts = SharedMut::new(chunks);
+    // SAFETY: each chunk's place is written by the one tile that has the chunk.
+    let tile = |i: usize| (table.rows.summarize)(chunk(i), &mut unsafe { parts.range(i..i + 1) }[0]);
+    if output.len() / 2 < share_from {
+        (0..n_chunk).for_each(tile);
+    } else {
+        team.for_each(n_chunk, &tile);
+    }
+    let rows = output.chunks_exact(*output_width).zip(chunks.chunks_exact(per_row));
+    summaries.extend(rows.map(|(row, parts)| RowSummary::new(row, parts.iter().copied())));
 }

@@ -12,7 +12,7 @@ use std::{
 
 use paceline_kernels::{
     act,
-    delta::{DeltaToken, delta_step},
+    delta::{DeltaRun, delta_run},
     packed::{PackedMatrix, QuantRows, RowWriter},
 };
 
@@ -36,10 +36,10 @@ pub(super) const TILE_BYTES: RangeInclusive<usize> = 128 << 10..=512 << 10;
 const TILE_BYTES_BUSY: usize = 32 << 10;
 /// From how many columns on.
 const BUSY_COLUMNS: usize = 4;
-/// Rows that a tile of `kv_append` writes.
-const APPEND_ROWS: usize = 16;
 /// Channels that a tile of a convolution handles.
 const TILE_CHANNELS: usize = 256;
+/// Rows of a lane that a tile of the delta rule takes at a time: their keys, values and queries stay in the first-level cache.
+const DELTA_RUN: usize = 16;
 /// Taps of a convolution that need no allocation; known models have 4.
 const TAPS_ON_STACK: usize = 8;
 
@@ -53,6 +53,10 @@ struct Scratch {
     weights: Vec<f32>,
     out: Vec<f32>,
     state: Vec<f32>,
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    gates: Vec<f32>,
     tail: Vec<f32>,
 }
 
@@ -218,7 +222,7 @@ impl CpuOp {
                 (n, Some((w, _))) => w.n_groups().div_ceil(group_chunk(w, n, n_threads)),
                 (_, None) => cx.plan.width(*dst).div_ceil(matmul_chunk(cx.plan.width(*dst), n_threads)),
             },
-            Op::KvAppend { .. } => cx.step.n_rows().div_ceil(APPEND_ROWS),
+            Op::KvAppend { .. } => cx.step.lanes.len() * self.kv().n_head,
             Op::Attention(op) => self.attention(op).n_tiles(cx, n_threads),
             Op::ShortConv { src, .. } => cx.step.lanes.len() * cx.plan.width(*src).div_ceil(TILE_CHANNELS),
             Op::DeltaRule { .. } => cx.step.lanes.len() * self.delta().1.n_head_v,
@@ -284,8 +288,8 @@ impl CpuOp {
                 None => self.matmul(cx, n_threads, tile, *src, *dst),
             },
             Op::KvAppend { k, v, .. } => {
-                let end = cx.step.n_rows().min((tile + 1) * APPEND_ROWS);
-                (tile * APPEND_ROWS..end).for_each(|row| self.kv().append(cx, row, *k, *v));
+                let place = self.kv();
+                place.append(cx, &cx.step.lanes[tile / place.n_head], tile % place.n_head, *k, *v);
             }
             Op::Attention(op) => self.attention(op).run(cx, n_threads, tile),
             Op::ShortConv { src, dst, .. } => {
@@ -554,39 +558,60 @@ impl CpuOp {
         // SAFETY: this tile alone touches this head's matrix of this slot.
         let committed = unsafe { cx.slots.range(start..start + len) };
         SCRATCH.with_borrow_mut(|scratch| {
-            let Scratch { state: copy, out: qk, .. } = scratch;
-            qk.resize(2 * dim_k, 0.0);
-            let (q, k) = qk.split_at_mut(dim_k);
-            for (i, row) in lane.rows.clone().enumerate() {
-                let inputs = cx.row(qkv, row);
-                let keys = n_head_k * dim_k;
-                (cx.table.rows.l2_norm)(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
-                let scale = 1.0 / (dim_k as f32).sqrt();
-                q.iter_mut().for_each(|q| *q *= scale);
-                (cx.table.rows.l2_norm)(&inputs[keys + head_k * dim_k..keys + (head_k + 1) * dim_k], eps, k);
-                let v = &inputs[2 * keys + head * dim_v..2 * keys + (head + 1) * dim_v];
-                let (g, beta) = (cx.row(decay, row)[head], cx.row(beta, row)[head]);
-                let token = DeltaToken::new(k, v, g, beta);
-                // SAFETY: this tile alone writes this head's columns of the lane's rows.
-                let out = unsafe { cx.part_mut(dst, row, head * dim_v..(head + 1) * dim_v) };
-                if i < lane.n_certain {
-                    delta_step(cx.table, committed, &token, q, out);
+            let Scratch { state: copy, keys, queries, values, gates, out, .. } = scratch;
+            let (n_past_keys, scale) = (n_head_k * dim_k, 1.0 / (dim_k as f32).sqrt());
+            // Certain rows first, and then the tentative ones on a copy.
+            let certain = lane.rows.start..lane.rows.start + lane.n_certain;
+            for (rows, tentative) in [(certain.clone(), false), (certain.end..lane.rows.end, true)] {
+                if rows.is_empty() {
                     continue;
                 }
-                if i == lane.n_certain {
+                if tentative {
                     copy.clear();
                     copy.extend_from_slice(committed);
                 }
-                delta_step(cx.table, copy, &token, q, out);
-                let at = layout.row(slot, i - lane.n_certain).start;
-                let (k_at, v_at, gates_at) = window.parts(head);
-                let part = |at: usize, len: usize| {
-                    // SAFETY: this tile alone writes this head's parts of this slot's window.
-                    unsafe { cx.windows.range(at..at + len) }
-                };
-                part(at + k_at, dim_k).copy_from_slice(k);
-                part(at + v_at, dim_v).copy_from_slice(v);
-                part(at + gates_at, 2).copy_from_slice(&[g, beta]);
+                for first in rows.clone().step_by(DELTA_RUN) {
+                    let rows = first..rows.end.min(first + DELTA_RUN);
+                    let n = rows.len();
+                    queries.resize(n * dim_k, 0.0);
+                    keys.resize(n * dim_k, 0.0);
+                    out.resize(n * dim_v, 0.0);
+                    values.clear();
+                    gates.resize(2 * n, 0.0);
+                    let (decays, betas) = gates.split_at_mut(n);
+                    for (t, row) in rows.clone().enumerate() {
+                        let inputs = cx.row(qkv, row);
+                        let q = &mut queries[t * dim_k..(t + 1) * dim_k];
+                        let k = &mut keys[t * dim_k..(t + 1) * dim_k];
+                        (cx.table.rows.l2_norm)(&inputs[head_k * dim_k..(head_k + 1) * dim_k], eps, q);
+                        q.iter_mut().for_each(|q| *q *= scale);
+                        let key = n_past_keys + head_k * dim_k..n_past_keys + (head_k + 1) * dim_k;
+                        (cx.table.rows.l2_norm)(&inputs[key], eps, k);
+                        let at = 2 * n_past_keys + head * dim_v;
+                        values.extend_from_slice(&inputs[at..at + dim_v]);
+                        let (g, beta) = (cx.row(decay, row)[head], cx.row(beta, row)[head]);
+                        (decays[t], betas[t]) = (g.exp(), beta);
+                        if tentative {
+                            let at = layout.row(slot, row - certain.end).start;
+                            let (k_at, v_at, gates_at) = window.parts(head);
+                            let part = |at: usize, len: usize| {
+                                // SAFETY: this tile alone writes this head's parts of this slot's window.
+                                unsafe { cx.windows.range(at..at + len) }
+                            };
+                            part(at + k_at, dim_k).copy_from_slice(k);
+                            part(at + v_at, dim_v).copy_from_slice(&values[t * dim_v..]);
+                            part(at + gates_at, 2).copy_from_slice(&[g, beta]);
+                        }
+                    }
+                    let run = DeltaRun { dim_k, k: keys, v: values, decay: decays, beta: betas };
+                    let state = if tentative { &mut copy[..] } else { &mut *committed };
+                    delta_run(cx.table, state, &run, queries, out);
+                    for (row, out) in rows.zip(out.chunks_exact(dim_v)) {
+                        // SAFETY: this tile alone writes this head's columns of the lane's rows.
+                        unsafe { cx.part_mut(dst, row, head * dim_v..(head + 1) * dim_v) }
+                            .copy_from_slice(out);
+                    }
+                }
             }
         });
     }

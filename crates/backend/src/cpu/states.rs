@@ -21,6 +21,7 @@
 
 use std::{
     any::Any,
+    cell::RefCell,
     collections::HashMap,
     ops::Range,
     sync::{Arc, Mutex, MutexGuard},
@@ -28,7 +29,7 @@ use std::{
 
 use paceline_kernels::{
     KernelTable, SharedMut, Team,
-    delta::{DeltaToken, delta_advance},
+    delta::{DeltaRun, delta_run},
     kv::{KvBytes, LINE},
 };
 
@@ -124,16 +125,14 @@ impl CpuStates {
         let mut offsets = Vec::with_capacity(decls.len());
         let mut layouts = Vec::with_capacity(decls.len());
         for decl in decls {
-            let mut part = |bytes_of: &dyn Fn(usize) -> usize| {
+            offsets.push([0, 1].map(|part| {
                 let start = page_bytes;
                 if let StateDecl::Kv { n_head, head_dim } = *decl {
-                    let bytes: usize = n_head * config.page_len * bytes_of(head_dim);
+                    let bytes = n_head * config.kv.head_bytes(head_dim, config.page_len)[part];
                     page_bytes += bytes.next_multiple_of(LINE);
                 }
                 start
-            };
-            let types = config.kv;
-            offsets.push([part(&|n| types.k.row_bytes(n)), part(&|n| types.v.row_bytes(n))]);
+            }));
             layouts.push(SlotLayout {
                 start: slot_width,
                 len: decl.slot_width(),
@@ -279,10 +278,10 @@ impl States for CpuStates {
                     self.0.team.for_each(n_head_v, &|head| {
                         // SAFETY: each tile takes its own head's matrix.
                         let state = unsafe { data.range(head * head_len..(head + 1) * head_len) };
-                        for row in window.chunks_exact(layout.row_len) {
-                            let token = parts.token(row, head);
-                            delta_advance(self.0.table, state, &token);
-                        }
+                        TOKENS.with_borrow_mut(|tokens| {
+                            tokens.gather(parts, head, window.chunks_exact(layout.row_len));
+                            delta_run(self.0.table, state, &tokens.run(dim_k), &[], &mut []);
+                        });
                     });
                 }
             }
@@ -359,6 +358,37 @@ pub(super) struct DeltaWindow {
     pub dim_v: usize,
 }
 
+thread_local! {
+    static TOKENS: RefCell<Tokens> = RefCell::default();
+}
+
+/// One head's part of the rows of a window, side by side. Keeps its memory.
+#[derive(Default)]
+struct Tokens {
+    k: Vec<f32>,
+    v: Vec<f32>,
+    decay: Vec<f32>,
+    beta: Vec<f32>,
+}
+
+impl Tokens {
+    fn gather<'a>(&mut self, parts: DeltaWindow, head: usize, rows: impl Iterator<Item = &'a [f32]>) {
+        let (k, v, gates) = parts.parts(head);
+        let all = [&mut self.k, &mut self.v, &mut self.decay, &mut self.beta];
+        all.into_iter().for_each(Vec::clear);
+        for row in rows {
+            self.k.extend_from_slice(&row[k..k + parts.dim_k]);
+            self.v.extend_from_slice(&row[v..v + parts.dim_v]);
+            self.decay.push(row[gates].exp());
+            self.beta.push(row[gates + 1]);
+        }
+    }
+
+    fn run(&self, dim_k: usize) -> DeltaRun<'_> {
+        DeltaRun { dim_k, k: &self.k, v: &self.v, decay: &self.decay, beta: &self.beta }
+    }
+}
+
 impl DeltaWindow {
     /// Values of the committed state, all heads.
     pub fn state_len(&self) -> usize {
@@ -369,10 +399,5 @@ impl DeltaWindow {
     pub fn parts(&self, head: usize) -> (usize, usize, usize) {
         let keys = self.n_head_v * self.dim_k;
         (head * self.dim_k, keys + head * self.dim_v, keys + self.n_head_v * self.dim_v + 2 * head)
-    }
-
-    fn token<'a>(&self, row: &'a [f32], head: usize) -> DeltaToken<'a> {
-        let (k, v, gates) = self.parts(head);
-        DeltaToken::new(&row[k..k + self.dim_k], &row[v..v + self.dim_v], row[gates], row[gates + 1])
     }
 }

@@ -417,3 +417,43 @@ fn a_router_shows_nan() {
         assert_eq!([&got[..32], &got[64..]], [&want[..32], &want[64..]]);
     }
 }
+
+/// Wide rows, so that threads share them in chunks; the plain way of the trait's users says what they come to.
+#[test]
+fn output_rows_are_summarised() {
+    let (n_in, n_out, mut random) = (24, 10_000, Random::new(5));
+    for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
+        let w = upload(&backend, &mut random, n_in, n_out);
+        let mut p = PlanBuilder::new(&[]);
+        let src = p.input(n_in);
+        let src = p.select_outputs(src);
+        let out = p.matmul(src, &w);
+        let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 0 };
+        let states = backend.alloc_states(&[], config).unwrap();
+        let mut exec = backend.compile(Arc::new(p.finish(Some(out))), &states).unwrap();
+        for n in [1, 3, 2] {
+            let (mut out, inputs) = (StepOut::default(), random.values(n * n_in, 1.0));
+            let outputs: Vec<u32> = (0..n as u32).collect();
+            let (tokens, pages) = (vec![0; n], [PageId(0)]);
+            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &pages, slot: None }];
+            exec.run(
+                &Step {
+                    tokens: &tokens,
+                    inputs: &inputs,
+                    positions: &outputs,
+                    lanes: &lanes,
+                    outputs: &outputs,
+                },
+                &mut out,
+            );
+            let got = out.summaries.clone();
+            out.summarize();
+            assert_eq!(got, out.summaries, "{n} rows");
+            for (i, summary) in got.iter().enumerate() {
+                let row = out.output_row(i);
+                let best = (0..n_out).rev().max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap();
+                assert_eq!((summary.at as usize, summary.max), (best, row[best]));
+            }
+        }
+    }
+}

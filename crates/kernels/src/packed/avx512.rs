@@ -3,12 +3,14 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use super::fill512;
 use super::float::FloatFormat;
 use super::format::IntFormat;
 use super::isa::{self, Isa};
 use super::matrix::PackedMatrix;
 use super::product::{self, Place, TileCall, TileFn};
-use super::rows::{ActBlock, Grain, QuantRows};
+use super::rows::{ActBlock, Grain, QuantRows, whole};
+
 use super::table::PackedTable;
 
 /// This instruction set's kernels: none unless this CPU has all it needs.
@@ -85,12 +87,12 @@ unsafe fn product(
 }
 
 fn fill(block: &mut ActBlock, grain: Grain, x: &[f32]) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-    fn with_features(block: &mut ActBlock, grain: Grain, x: &[f32]) {
-        block.fill(grain, x);
+    if grain == Grain::F32 {
+        return block.fill(grain, x);
     }
+    let mut padded = [0.0; 256];
     // SAFETY: private, and `table` hands it out only after detecting the features.
-    unsafe { with_features(block, grain, x) }
+    unsafe { fill512::fill(block, grain, whole(x, &mut padded)) }
 }
 
 #[derive(Clone, Copy)]

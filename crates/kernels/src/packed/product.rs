@@ -8,6 +8,7 @@
 //!
 //! More columns than that are taken 32 at a time over as many rows of tiles as stay in the second-level cache.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::format::ROWS;
@@ -51,8 +52,9 @@ pub struct Place<'a> {
     pub stride: usize,
 }
 
-#[derive(Clone, Copy)]
+/// Room for the sums of a sweep.
 #[repr(align(64))]
+#[expect(dead_code, reason = "a size and an alignment")]
 struct SweepSums([Sums; SWEEP]);
 
 /// Computes the rows of these groups of 32 for all columns, row `groups.start · 32` being row 0 of `place`. Inlined into
@@ -76,19 +78,24 @@ pub unsafe fn product(
         "groups {groups:?} of {}",
         w.n_groups()
     );
-    let mut sums = SweepSums([[[0.0; ROWS]; 2]; SWEEP]);
+    // Only what is used becomes zero: all of it costs one column as much as its products.
+    let mut sums = MaybeUninit::<SweepSums>::uninit();
+    let sums = sums.as_mut_ptr().cast::<Sums>();
     let near = if n <= SWEEP { groups.len().max(1) } else { (NEAR_BYTES / w.group_bytes()).max(1) };
     for first in groups.clone().step_by(near) {
         for from in (0..n).step_by(SWEEP) {
             let columns = from..n.min(from + SWEEP);
             for group in first..groups.end.min(first + near) {
-                // Only what is used: zeroing all of it costs one column as much as its products.
-                sums.0[..columns.len()].fill([[0.0; ROWS]; 2]);
+                // SAFETY: there is room for the columns of a sweep, and any bytes are floats once they are written.
+                let sums = unsafe {
+                    (0..columns.len()).for_each(|c| sums.add(c).write([[0.0; ROWS]; 2]));
+                    std::slice::from_raw_parts_mut(sums, columns.len())
+                };
                 // SAFETY: by contract.
-                unsafe { sweep(kernels, w, group, x, columns.clone(), &mut sums) };
+                unsafe { sweep(kernels, w, group, x, columns.clone(), sums) };
                 let row = group * ROWS;
                 let n_rows = ROWS.min(w.n_out() - row);
-                for (c, [even, odd]) in columns.clone().zip(&sums.0) {
+                for (c, [even, odd]) in columns.clone().zip(&*sums) {
                     let at = place.offset + c * place.stride + (group - groups.start) * ROWS;
                     // SAFETY: these outputs are ours by contract.
                     let out = unsafe { place.out.range(at..at + n_rows) };
@@ -112,7 +119,7 @@ unsafe fn sweep(
     group: usize,
     x: &QuantRows,
     columns: Range<usize>,
-    sums: &mut SweepSums,
+    sums: &mut [Sums],
 ) {
     let (n, n_columns) = (x.n(), columns.len());
     let n_passes = n_columns.div_ceil(kernels.len());
@@ -124,7 +131,7 @@ unsafe fn sweep(
             tile: bytes[at..].as_ptr(),
             n_inputs: tile_len.min(w.n_in() - k),
             acts: x.blocks()[b * n + columns.start..b * n + columns.end].as_ptr(),
-            sums: sums.0.as_mut_ptr(),
+            sums: sums.as_mut_ptr(),
             ahead: match w.ahead().bytes(n_columns) {
                 0 => std::ptr::null(),
                 ahead => bytes.as_ptr().wrapping_add(at + ahead),

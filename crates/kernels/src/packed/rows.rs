@@ -89,13 +89,7 @@ impl ActBlock {
             }
             Grain::Per32 | Grain::Per256 => {
                 let mut padded = [0.0; 256];
-                let x = match x.first_chunk::<256>() {
-                    Some(x) if x.len() == 256 => x,
-                    _ => {
-                        padded[..x.len()].copy_from_slice(x);
-                        &padded
-                    }
-                };
+                let x = whole(x, &mut padded);
                 if grain == Grain::Per32 { self.fill_per_32(x) } else { self.fill_per_256(x) }
             }
         }
@@ -149,13 +143,30 @@ impl ActBlock {
     }
 }
 
+/// The values of a block, with zeros behind the last of a row.
+#[inline(always)]
+pub(super) fn whole<'a>(x: &'a [f32], padded: &'a mut [f32; 256]) -> &'a [f32; 256] {
+    match x.try_into() {
+        Ok(x) => x,
+        Err(_) => {
+            padded[..x.len()].copy_from_slice(x);
+            padded
+        }
+    }
+}
+
 /// The scale of these values, and what to multiply them with.
 #[inline(always)]
 fn scales(x: &[f32]) -> (f32, f32) {
+    // The bits of magnitudes order as the magnitudes do, NaN above all. Integers may be compared in any order.
+    scale_of(x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff)))
+}
+
+/// The same from the bits of the greatest magnitude.
+#[inline(always)]
+pub(super) fn scale_of(bits: u32) -> (f32, f32) {
     /// 2^-119; 127 over it is well inside the range of f32.
     const LEAST: u32 = 8 << 23;
-    // The bits of magnitudes order as the magnitudes do, NaN above all. Integers may be compared in any order.
-    let bits = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff));
     let max = f32::from_bits(bits);
     if bits < LEAST { (0.0, 0.0) } else { (max / 127.0, 127.0 / max) }
 }
@@ -294,28 +305,6 @@ impl RowWriter<'_> {
         unsafe {
             self.blocks_of(row, |k, block| {
                 (table.fill)(block, self.grain, &x[k..self.n_in.min(k + len)]);
-            });
-        }
-    }
-
-    /// Writes what `values` says: called with the index of the first value of a block and room for its values.
-    ///
-    /// # Safety
-    /// As for [`quantize`](Self::quantize).
-    pub(super) unsafe fn quantize_from(
-        &self,
-        table: &PackedTable,
-        row: usize,
-        mut values: impl FnMut(usize, &mut [f32]),
-    ) {
-        let mut buffer = [0.0; 256];
-        let len = self.grain.block_len();
-        // SAFETY: the row is the caller's by contract.
-        unsafe {
-            self.blocks_of(row, |k, block| {
-                let x = &mut buffer[..len.min(self.n_in - k)];
-                values(k, x);
-                (table.fill)(block, self.grain, x);
             });
         }
     }

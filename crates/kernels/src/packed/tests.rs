@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::formats::{format as file_format, quantize_rows};
-use crate::{SharedMut, Team, act, norm};
+use crate::{SharedMut, Team};
 
 /// Numbers between -1 and 1 that look random, some of them ten times larger.
 fn noise(n: usize, seed: u64) -> Vec<f32> {
@@ -275,49 +275,6 @@ fn extreme_rows_stay_finite() {
             rows.quantize_rows(&PackedTable::available()[0], grain, &x, 1, 64);
             rows.dequantize_row(0, &mut values);
             assert!(values.iter().all(|value| (value - x[0]).abs() <= 1e-36 + x[0] * 1e-6), "{values:?}");
-        }
-    }
-}
-
-#[test]
-fn fused_operations_are_the_two_steps() {
-    let (n, n_in, eps) = (3, 700, 1e-6);
-    let (x, w, up) = (noise(n * n_in, 1), noise(n_in, 2), noise(n * n_in, 3));
-    for table in PackedTable::available() {
-        for grain in [Grain::F32, Grain::Per32, Grain::Per256] {
-            let two_steps = |op: &dyn Fn(usize, &mut [f32])| {
-                let mut y = vec![0.0; n * n_in];
-                y.chunks_mut(n_in).enumerate().for_each(|(row, y)| op(row, y));
-                let mut rows = QuantRows::new();
-                rows.quantize_rows(table, grain, &y, n, n_in);
-                rows
-            };
-            let fused = |op: &dyn Fn(&RowWriter<'_>, usize)| {
-                let mut rows = QuantRows::new();
-                rows.reset(grain, n, n_in);
-                let writer = rows.writer();
-                (0..n).for_each(|row| op(&writer, row));
-                rows
-            };
-            let row = |x: &[f32], row: usize| x[row * n_in..(row + 1) * n_in].to_vec();
-            let check = |what: &str, a: QuantRows, b: QuantRows| {
-                let same = a.blocks().iter().zip(b.blocks()).all(|(a, b)| a.0 == b.0);
-                assert!(same && a.blocks().len() == b.blocks().len(), "{what} {} {grain:?}", table.isa);
-            };
-            for w in [Some(&w[..]), None] {
-                check(
-                    "rms_norm",
-                    // SAFETY: one row after the other, on this thread.
-                    fused(&|to, r| unsafe { to.rms_norm(table, r, &row(&x, r), w, eps) }),
-                    two_steps(&|r, y| norm::rms_norm(&row(&x, r), w, eps, y)),
-                );
-            }
-            check(
-                "silu_mul",
-                // SAFETY: as above.
-                fused(&|to, r| unsafe { to.silu_mul(table, r, &row(&x, r), &row(&up, r)) }),
-                two_steps(&|r, y| act::silu_mul(&row(&x, r), &row(&up, r), y)),
-            );
         }
     }
 }

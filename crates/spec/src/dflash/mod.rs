@@ -31,6 +31,7 @@ use paceline_models::{
 
 use crate::{
     Draft, DraftRequest, Drafter, DrafterKind, Kept, LoadDrafter, LoadError, Origin, drafter::import_of,
+    drafter::known,
 };
 use dialect::{ARCHS, Contract, TargetFacts};
 
@@ -214,7 +215,8 @@ impl Dflash {
         let mut draft = Draft::default();
         let mut full = Vec::new();
         for i in 1..=n_draft {
-            let mut logits = self.out.output_row(first_output + i - 1);
+            let row = first_output + i - 1;
+            let (mut logits, mut known) = (self.out.output_row(row), known(&self.out, row));
             if let Some(d2t) = &self.contract.d2t {
                 full.clear();
                 full.resize(self.n_vocab, f32::NEG_INFINITY);
@@ -222,8 +224,9 @@ impl Dflash {
                     full[token as usize] = logit;
                 }
                 logits = &full;
+                known = None;
             }
-            match request.sampler.propose((request.position + i) as u64, logits) {
+            match request.sampler.propose_known((request.position + i) as u64, logits, known) {
                 Ok(proposal) => {
                     draft.tokens.push(proposal.token);
                     draft.q.push(proposal.q);
