@@ -190,7 +190,11 @@ fn restored_is_fresh() {
 
 /// Digests of all that the bundled pair leaves in memory behind a long prompt, by the number that a build gives to its bits
 /// and the kernels that it ran on.
-const BITS: &[(u32, &str, u64)] = &[(1, "avx512", 0x1495_98d6_61c5_9639), (1, "avx2", 0xffd6_3590_181e_d6ce), (1, "scalar", 0xb4a2_99ef_5663_f1e6)];
+const BITS: &[(u32, &str, u64)] = &[
+    (1, "avx512", 0x1495_98d6_61c5_9639),
+    (1, "avx2", 0xffd6_3590_181e_d6ce),
+    (1, "scalar", 0xb4a2_99ef_5663_f1e6),
+];
 
 /// Files of snapshots are taken up by every build with the same [`NUMERICS`]. Whoever changes what is computed has to raise
 /// it, and to write down here what goes with the new number.
