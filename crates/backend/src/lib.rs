@@ -40,6 +40,11 @@ pub use paceline_kernels::{
     rope::Pairing,
 };
 
+/// Counts the times that the same weights and settings came to give other bits on the same kernels. To be raised whenever a
+/// change of kernels or plans does that, so that no file of states of an older build is taken up. A test of the engine knows
+/// what bits go with the number, and fails if it was forgotten.
+pub const NUMERICS: u32 = 1;
+
 /// A token id. The same type as in `text` and `sampling`, which do not depend on this crate.
 pub type Token = u32;
 
@@ -143,8 +148,8 @@ pub trait Exec: Send {
 /// It stores and copies; which sequence owns which page, and when a row becomes final, is decided by the
 /// `memory` crate alone. Calls come from the thread that runs the engine, never while an [`Exec`] runs.
 ///
-/// Pages and saved states can be taken out as bytes and put back, by the same build with the same declarations and
-/// settings; nobody else can read them.
+/// Pages and saved states can be taken out as bytes and put back, with the same declarations and settings, by a build with
+/// the same [`NUMERICS`]; nobody else can read them.
 pub trait States: Send + Sync {
     /// The declarations that this was made from.
     fn decls(&self) -> &[StateDecl];
@@ -173,11 +178,11 @@ pub trait States: Send + Sync {
     fn saved_bytes(&self) -> usize;
     /// Returns the storage of `saved` to the system.
     fn saved_release(&self, saved: SavedId);
-    /// Appends all of `page` to `out`, always the same number of bytes.
+    /// Appends all of `page` to `out`, [`page_bytes`](Self::page_bytes) bytes.
     fn page_export(&self, page: PageId, out: &mut Vec<u8>);
     /// Fills `page`, which has storage, with what an export gave. False, and nothing changed, if the length is wrong.
     fn page_import(&self, page: PageId, bytes: &[u8]) -> bool;
-    /// Appends `saved` to `out`, always the same number of bytes.
+    /// Appends `saved` to `out`, [`saved_bytes`](Self::saved_bytes) bytes.
     fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>);
     /// Makes `saved`, which has no storage yet, of what an export gave. False, and nothing made, if the length is wrong.
     fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool;

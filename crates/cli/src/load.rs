@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{
-    Backend, Exec, KvTypes, Plan, PlanBuilder, StateConfig, StateDecl, States, Tap, cpu::CpuBackend,
+    Backend, Exec, KvTypes, NUMERICS, Plan, PlanBuilder, StateConfig, StateDecl, States, Tap, cpu::CpuBackend,
 };
 use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
@@ -35,6 +35,9 @@ const N_BLOCK_MAX: usize = 64;
 /// pair 3 to 7 gain most (`paceline bench --spec-draft-n-max N`); real drafters accept less, and real targets make
 /// verified rows cheaper.
 const N_DRAFT_DEFAULT: usize = 7;
+
+/// Tokens whose bits tie files of snapshots to what computes them.
+const N_PROBE: u32 = 24;
 
 /// Slots, if the number is left to us.
 const N_SLOT_AUTO: usize = 4;
@@ -64,6 +67,8 @@ pub struct Loaded {
     pub is_bundled: bool,
     /// No empty run before the first request.
     pub no_warmup: bool,
+    /// Digest of what the models compute here, once it was looked at.
+    pub computes: u64,
 }
 
 /// Sizes of an engine, worked out from flags and model.
@@ -148,6 +153,7 @@ impl Loaded {
             template,
             is_bundled: target_source.is_bundled(),
             no_warmup: sizes.no_warmup,
+            computes: 0,
         })
     }
 
@@ -217,13 +223,38 @@ impl Loaded {
         Ok(if self.sizes.drafts_always { engine } else { engine.with_planner() })
     }
 
+    /// Computes a few tokens and takes a digest of the bits that they leave in all memories, which files of snapshots are
+    /// tied to from then on: another build, another machine or another file of weights with the same bits may use them, one
+    /// with others is told apart. It sees every weight and every kernel of a short prompt; what changes for long ones only,
+    /// such as how attention merges its spans, is [`NUMERICS`]'s to say.
+    pub fn probe(&mut self) -> Result<()> {
+        let cache = std::mem::take(&mut self.sizes.cache);
+        let engine = self.engine(true);
+        self.sizes.cache = cache;
+        let mut engine = engine?;
+        let n_vocab = self.model.hparams().n_vocab as u32;
+        let prompt =
+            (0..N_PROBE.min(self.sizes.n_ctx as u32 - 1)).map(|i| i.wrapping_mul(2_654_435_761) % n_vocab);
+        let mut request = Request::new(RequestId(0), prompt.collect());
+        request.n_predict = Some(1);
+        request.ignore_eos = true;
+        engine.submit(request)?;
+        let mut events = Vec::new();
+        while engine.has_work() {
+            engine.step(&mut events);
+        }
+        self.computes = digest(&engine.save(0).context("the run that snapshots are tied to failed")?.bytes);
+        Ok(())
+    }
+
     /// Digest of all that a snapshot depends on, bit for bit: the target's file, who drafts and from which files, how cells
-    /// are stored, the kernels, this build.
+    /// are stored, the kernels, and what they compute.
     fn pair(&self, with_drafters: bool) -> u64 {
         let backend = self.backend.describe();
         // The number of threads changes no bit.
         let backend = backend.split(", ").filter(|part| !part.ends_with(" threads"));
-        let mut text = env!("PACELINE_BUILD").as_bytes().to_vec();
+        let mut text =
+            [u64::from(NUMERICS), self.computes].iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
         backend.for_each(|part| text.extend(part.bytes()));
         text.extend(format!("{:?} {:?}", self.sizes.kv, self.sizes.kv_draft).bytes());
         let drafters = self.drafters.iter().filter(|_| with_drafters);

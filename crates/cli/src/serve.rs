@@ -4,13 +4,12 @@ use std::{
     fs,
     net::{TcpListener, ToSocketAddrs},
     path::PathBuf,
-    sync::Arc,
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use paceline_kernels::formats::mix::MIXES;
-use paceline_server::{EngineFactory, Reasoning, Server, ServerConfig, ServerModel};
+use paceline_server::{DiskCache, EngineFactory, Reasoning, Server, ServerConfig, ServerModel};
 
 use crate::{
     flags::{LengthFlags, ModelFlags, SamplingFlags, SizeFlags, TemplateFlags, Thinking, switch},
@@ -53,6 +52,21 @@ pub struct ServeArgs {
     /// Folder for POST /slots/{id}?action=save and restore
     #[arg(long, value_name = "DIR", env = "LLAMA_ARG_SLOT_SAVE_PATH", hide_env = true)]
     slot_save_path: Option<PathBuf>,
+    /// Folder for cached prompts that have no room in --cache-ram, and for all of them when the server stops: they are
+    /// found again at the next start
+    #[arg(long, value_name = "DIR", env = "LLAMA_ARG_CACHE_DISK", hide_env = true)]
+    cache_disk: Option<PathBuf>,
+    /// MiB that this folder may hold [default: 16384]
+    #[arg(
+        long,
+        value_name = "N",
+        env = "LLAMA_ARG_CACHE_DISK_SIZE",
+        hide_env = true,
+        requires = "cache_disk",
+        default_value_t = N_DISK_DEFAULT,
+        hide_default_value = true
+    )]
+    cache_disk_size: u64,
     #[command(flatten)]
     length: LengthFlags,
     #[command(flatten)]
@@ -65,6 +79,9 @@ pub struct ServeArgs {
     later: LaterFlags,
 }
 
+/// MiB of files of cached prompts: about what a disk has to spare, and several conversations of a large model.
+const N_DISK_DEFAULT: u64 = 16384;
+
 /// Runs it, until the process is told to stop.
 pub fn run(args: ServeArgs) -> Result<()> {
     for words in args.later.check()? {
@@ -73,10 +90,23 @@ pub fn run(args: ServeArgs) -> Result<()> {
     let config = config(&args)?;
     // Before the model is loaded, which may take a while: a port in use is said at once.
     let listener = listen(&args.host, args.port)?;
-    let loaded = Arc::new(Loaded::load(&args.model, &args.sizes, &args.template, false)?);
+    let mut first = disk_cache(&args)?;
+    let mut loaded = Loaded::load(&args.model, &args.sizes, &args.template, false)?;
     let model = describe(&args, &loaded)?;
     loaded.announce_and_warm_up()?;
-    let factory: EngineFactory = Box::new(move || Ok(loaded.planning_engine()?));
+    if args.slot_save_path.is_some() || args.cache_disk.is_some() {
+        loaded.probe()?;
+    }
+    let (folder, n_byte_max) = (args.cache_disk.clone(), args.cache_disk_size.saturating_mul(1 << 20));
+    let factory: EngineFactory = Box::new(move || {
+        let engine = loaded.planning_engine()?;
+        let Some(folder) = &folder else { return Ok(engine) };
+        let shelf = match first.take() {
+            Some(shelf) => shelf,
+            None => DiskCache::open(folder)?,
+        };
+        Ok(engine.with_shelf(Box::new(shelf), n_byte_max))
+    });
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let server = Server::new(config, model, factory).map_err(|error| anyhow!(error))?;
@@ -86,6 +116,17 @@ pub fn run(args: ServeArgs) -> Result<()> {
         server.serve(listener, asked_to_stop()?).await?;
         Ok(())
     })
+}
+
+/// Where cached prompts lie.
+fn disk_cache(args: &ServeArgs) -> Result<Option<DiskCache>> {
+    let Some(folder) = &args.cache_disk else { return Ok(None) };
+    ensure!(
+        args.sizes.cache.config()?.is_on(),
+        "--cache-disk: expected a prompt cache in front of it, found --cache-ram 0"
+    );
+    let shelf = DiskCache::open(folder);
+    shelf.map(Some).with_context(|| format!("--cache-disk: {}: can't be used", folder.display()))
 }
 
 fn listen(host: &str, port: u16) -> Result<TcpListener> {

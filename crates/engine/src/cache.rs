@@ -10,7 +10,7 @@
 //! What only snapshots hold is bounded in bytes. Who goes first is decided as in GreedyDual-Size with frequencies
 //! (Cao and Irani, 1997; Cherkasova, 1998): each snapshot weighs the tokens that it saves per byte that it costs, as often
 //! as it was used, on top of the weight at which the last one was dropped when it was used last. So the unused sink, and
-//! what is cheap to compute again goes before what is not.
+//! what is cheap to compute again goes before what is not. What goes is written to the [shelf](crate::shelf), if there is one.
 
 use paceline_memory::{Memory, SeqId};
 use paceline_spec::Drafter;
@@ -18,7 +18,8 @@ use paceline_spec::Drafter;
 use crate::{
     Token,
     radix::{NodeId, Radix},
-    snapshot_file::{RestoreError, SnapshotFile},
+    shelf::{Archive, N_TOKEN_MIN, ShelfId, ShelfUsage, conversation},
+    snapshot_file::{CheckedSnapshot, Part, RestoreError, SnapshotFile, SnapshotWriter},
 };
 
 /// What the prompt cache may do.
@@ -70,6 +71,8 @@ pub struct CacheUsage {
     pub n_taken: u64,
     /// Snapshots dropped for want of room.
     pub n_evicted: u64,
+    /// The shelf behind it, if there is one.
+    pub shelf: Option<ShelfUsage>,
 }
 
 /// Some of the drafters, by index.
@@ -91,7 +94,7 @@ impl Members {
         self.0 >> i & 1 == 1
     }
 
-    fn covers(self, other: Members) -> bool {
+    pub fn covers(self, other: Members) -> bool {
         other.0 & !self.0 == 0
     }
 }
@@ -120,6 +123,12 @@ impl Stores<'_> {
         true
     }
 
+    /// What drafters remember of `seq`, which rests.
+    fn parts(&self, seq: SeqId) -> Vec<Part> {
+        let drafters = self.drafters.iter();
+        drafters.map(|drafter| (drafter.name(), drafter.export(seq).unwrap_or_default())).collect()
+    }
+
     /// All drafters.
     fn all(&self) -> Members {
         Members::of(|_| true, self.drafters.len())
@@ -131,9 +140,6 @@ impl Stores<'_> {
         self.memory.usage().bytes_resting + drafters.sum::<usize>()
     }
 }
-
-/// A drafter's name and its part of a file.
-pub(crate) type Part = (&'static str, Vec<u8>);
 
 #[derive(Debug)]
 struct Snapshot {
@@ -161,12 +167,42 @@ pub(crate) struct Cache {
     /// The weight at which the last snapshot was dropped.
     sunk: f64,
     usage: CacheUsage,
+    archive: Option<Archive>,
+}
+
+/// Where `tree` can be entered for the longest beginning of `tokens`, of at most `n_max`, best first: the node to begin with,
+/// and how many of its tokens. Values are asked whether they are `fit`, and how much so.
+pub(crate) fn candidates<'a, T>(
+    tree: &'a Radix<T>,
+    tokens: &[Token],
+    n_max: usize,
+    anywhere: bool,
+    fit: impl Fn(&T) -> Option<f64> + 'a,
+) -> impl Iterator<Item = (NodeId, usize)> + 'a {
+    let found = tree.find(tokens);
+    let deepest = std::iter::once((found.below, found.n_shared));
+    let path = found.path.into_iter().rev().map(|node| (node, tree.depth(node)));
+    let points = deepest.chain(path).map(move |(point, depth)| (point, depth.min(n_max)));
+    points.take_while(|(_, len)| *len > 0).filter_map(move |(point, len)| {
+        let is_fit = |id: NodeId| tree.get(id).and_then(&fit);
+        if tree.depth(point) == len && is_fit(point).is_some() {
+            return Some((point, len));
+        }
+        let under = if anywhere { tree.under(point) } else { Vec::new() };
+        let fit = under.into_iter().filter_map(|id| is_fit(id).map(|how| (how, id)));
+        fit.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| (id, len))
+    })
 }
 
 impl Cache {
     pub fn new(config: CacheConfig) -> Cache {
         let usage = CacheUsage { n_byte_max: config.n_byte_max, ..CacheUsage::default() };
-        Cache { config, tree: Radix::new(), sunk: 0.0, usage }
+        Cache { config, tree: Radix::new(), sunk: 0.0, usage, archive: None }
+    }
+
+    /// What has no room here goes to `archive` from now on, and comes back from there.
+    pub fn set_archive(&mut self, archive: Archive) {
+        self.archive = Some(archive);
     }
 
     /// True if a snapshot serves every prefix of its tokens.
@@ -181,30 +217,14 @@ impl Cache {
 
     /// A fork with the longest cached prefix of `tokens`, of at most `n_max` tokens, that all drafters of `wanted` know.
     pub fn find(
-        &mut self,
+        &self,
         tokens: &[Token],
         n_max: usize,
         wanted: Members,
         stores: &mut Stores<'_>,
     ) -> Option<Hit> {
-        let found = self.tree.find(tokens);
-        let is_fit = |s: &Snapshot| s.members.covers(wanted);
-        let deepest = std::iter::once((found.below, found.n_shared));
-        let path = found.path.iter().rev().map(|&node| (node, self.tree.depth(node)));
-        let points: Vec<(NodeId, usize)> = deepest.chain(path).collect();
-        for (point, depth) in points {
-            let len = depth.min(n_max);
-            if len == 0 {
-                break;
-            }
-            let exact =
-                (self.tree.depth(point) == len && self.tree.get(point).is_some_and(is_fit)).then_some(point);
-            let anywhere = || {
-                let under = if self.enters_anywhere(stores) { self.tree.under(point) } else { Vec::new() };
-                let fit = |&id: &NodeId| self.tree.get(id).filter(|s| is_fit(s)).map(|s| (s.used_at, id));
-                under.iter().filter_map(fit).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| id)
-            };
-            let Some(node) = exact.or_else(anywhere) else { continue };
+        let fit = |s: &Snapshot| s.members.covers(wanted).then_some(s.used_at);
+        for (node, len) in candidates(&self.tree, tokens, n_max, self.enters_anywhere(stores), fit) {
             if let Some(seq) = self.fork(node, len, wanted, stores) {
                 return Some(Hit { seq, len, node });
             }
@@ -212,7 +232,18 @@ impl Cache {
         None
     }
 
-    fn fork(&mut self, node: NodeId, len: usize, wanted: Members, stores: &mut Stores<'_>) -> Option<SeqId> {
+    /// How many of `tokens` a request that goes on from them would begin with.
+    pub fn n_reach(&self, tokens: &[Token], wanted: Members, stores: &Stores<'_>) -> usize {
+        let fit = |s: &Snapshot| s.members.covers(wanted).then_some(s.used_at);
+        let anywhere = self.enters_anywhere(stores);
+        let here =
+            candidates(&self.tree, tokens, tokens.len(), anywhere, fit).next().map_or(0, |(_, len)| len);
+        let archive = self.archive.as_ref();
+        let there = archive.and_then(|archive| archive.find(tokens, tokens.len(), wanted, anywhere));
+        here.max(there.map_or(0, |(_, len)| len))
+    }
+
+    fn fork(&self, node: NodeId, len: usize, wanted: Members, stores: &mut Stores<'_>) -> Option<SeqId> {
         let of = self.tree.get(node)?.seq;
         let seq = stores.memory.fork_prefix(of, len)?;
         if !stores.fork_drafters(of, seq, len, wanted) {
@@ -274,23 +305,16 @@ impl Cache {
         }
     }
 
-    /// What a file of the snapshot of `tokens`, or of its longest part that can be had, is made of: the number of tokens,
-    /// the target's part, and for each drafter its name and its part, empty if it has none.
-    pub fn export(
-        &mut self,
-        tokens: &[Token],
-        stores: &mut Stores<'_>,
-    ) -> Option<(usize, Vec<u8>, Vec<Part>)> {
+    /// The file of the snapshot of `tokens`, or of its longest part that can be had, and how many tokens that is.
+    pub fn export(&self, tokens: &[Token], pair: u64, stores: &mut Stores<'_>) -> Option<(usize, Vec<u8>)> {
         let (all, n) = (stores.all(), tokens.len());
         let hit =
             self.find(tokens, n, all, stores).or_else(|| self.find(tokens, n, Members::NONE, stores))?;
-        let mut target = Vec::new();
-        stores.memory.export(hit.seq, &mut target);
-        let drafters = stores.drafters.iter();
-        let drafters =
-            drafters.map(|drafter| (drafter.name(), drafter.export(hit.seq).unwrap_or_default())).collect();
+        let tokens = tokens[..hit.len].to_vec();
+        let parts = stores.parts(hit.seq);
+        let bytes = SnapshotWriter::new(pair, tokens, hit.seq, stores.memory, parts).all(stores.memory);
         stores.forget(hit.seq);
-        Some((hit.len, target, drafters))
+        Some((hit.len, bytes))
     }
 
     /// Takes up what a file holds, and says whether all drafters found their parts. On error nothing has changed.
@@ -327,18 +351,38 @@ impl Cache {
             stores.forget(seq);
             return Err(fault);
         }
+        let serves_all = members.covers(stores.all());
+        let here = self.tree.exact(&file.tokens);
+        if let Some(node) =
+            here.filter(|&node| self.tree.get(node).is_some_and(|s| s.members.covers(members)))
+        {
+            // What is there is as good.
+            stores.forget(seq);
+            self.touch(node);
+            return Ok(serves_all);
+        }
         let snapshot = Snapshot { seq, members, n_use: 1.0, used_at: self.sunk };
         if let (_, Some(old)) = self.tree.insert(&file.tokens, snapshot) {
             stores.forget(old.seq);
         }
-        Ok(members.covers(stores.all()))
+        Ok(serves_all)
     }
 
-    /// Drops the snapshot of exactly these tokens. False if there is none.
-    pub fn erase(&mut self, tokens: &[Token], stores: &mut Stores<'_>) -> bool {
-        let node = self.tree.exact(tokens);
-        node.into_iter().for_each(|node| self.drop(node, stores));
-        node.is_some()
+    /// Drops what a conversation has left, its tokens being these: every snapshot of a beginning that no other conversation goes
+    /// on from, and of what goes on from all of it, on the shelf too. Returns how many there were.
+    pub fn erase(&mut self, tokens: &[Token], stores: &mut Stores<'_>) -> usize {
+        if tokens.is_empty() {
+            return 0;
+        }
+        let nodes = conversation(&self.tree, tokens);
+        let mut n = nodes.len();
+        nodes.into_iter().for_each(|node| self.drop(node, stores));
+        if let Some(archive) = &mut self.archive {
+            let (dropped, n_file) = archive.erase(tokens);
+            dropped.into_iter().for_each(|seq| stores.memory.free(seq));
+            n += n_file;
+        }
+        n
     }
 
     fn drop(&mut self, node: NodeId, stores: &mut Stores<'_>) {
@@ -347,18 +391,127 @@ impl Cache {
         }
     }
 
-    /// Drops snapshots until the others fit into the budget.
+    /// Drops snapshots until the others fit into the budget. Those that the shelf takes are beyond it until they are written.
     pub fn evict(&mut self, stores: &mut Stores<'_>) {
-        while self.tree.len() > 0 && stores.bytes_resting() > self.config.n_byte_max {
+        while self.tree.len() > 0 && self.bytes(stores) > self.config.n_byte_max {
             let Some((weight, node)) = self.lightest(stores) else { return };
             self.sunk = self.sunk.max(weight);
             self.usage.n_evicted += 1;
-            self.drop(node, stores);
+            self.put_away(node, stores);
         }
     }
 
-    /// The snapshot to go first. One that shares all it has returns nothing, so it goes only if all are like that.
+    /// Bytes that only snapshots hold, those on their way to the shelf excluded.
+    fn bytes(&self, stores: &Stores<'_>) -> usize {
+        let leaving = self.archive.as_ref().map_or_else(Vec::new, Archive::leaving);
+        stores.bytes_resting() - stores.memory.bytes_among(&leaving)
+    }
+
+    /// Drops a snapshot, to the shelf if it is wanted there.
+    fn put_away(&mut self, node: NodeId, stores: &mut Stores<'_>) {
+        let anywhere = self.enters_anywhere(stores);
+        if let (Some(archive), Some(snapshot)) = (&mut self.archive, self.tree.get(node)) {
+            let (seq, members) = (snapshot.seq, snapshot.members);
+            let tokens = self.tree.tokens(node);
+            if archive.wants(&tokens, members, stores.memory.export_bytes(seq), anywhere) {
+                // Drafters keep little; what the target keeps is copied bit by bit.
+                let parts = stores.parts(seq);
+                let writer = SnapshotWriter::new(archive.pair(), tokens, seq, stores.memory, parts);
+                if archive.take(writer).is_none() {
+                    stores.drafters.iter_mut().for_each(|drafter| drafter.forget(seq));
+                    self.tree.remove(node);
+                    return;
+                }
+            }
+        }
+        self.drop(node, stores);
+    }
+
+    /// Writes a little of what leaves, and takes up what has come.
+    pub fn tend(&mut self, stores: &mut Stores<'_>) {
+        let anywhere = self.enters_anywhere(stores);
+        loop {
+            let Some(archive) = &mut self.archive else { return };
+            if let Some(seq) = archive.write_some(stores.memory) {
+                stores.memory.free(seq);
+            }
+            let Some((id, file)) = archive.news(anywhere) else { return };
+            let taken = self.take_up(&file, stores);
+            if let Some(archive) = &mut self.archive {
+                match taken {
+                    Ok(()) => archive.count_fetched(id),
+                    Err(_) => archive.spoilt(id),
+                }
+            }
+        }
+    }
+
+    fn take_up(&mut self, file: &CheckedSnapshot, stores: &mut Stores<'_>) -> Result<(), RestoreError> {
+        let pair = self.archive.as_ref().map_or(0, Archive::pair);
+        self.import(&SnapshotFile::read(file, pair)?, stores).map(|_| ())
+    }
+
+    /// The file on the shelf that gives a request more than the `n_have` tokens that it would begin with, if there is one that
+    /// is worth the time.
+    pub fn on_shelf(
+        &self,
+        tokens: &[Token],
+        n_have: usize,
+        n_max: usize,
+        wanted: Members,
+        stores: &Stores<'_>,
+    ) -> Option<ShelfId> {
+        let archive = self.archive.as_ref()?;
+        let (id, len) = archive.find(tokens, n_max, wanted, self.enters_anywhere(stores))?;
+        let is_worth = len >= n_have + N_TOKEN_MIN && archive.n_byte(id) <= self.config.n_byte_max as u64;
+        is_worth.then_some(id)
+    }
+
+    /// Asks for a file. False if so many are on their way that it has to be asked again.
+    pub fn fetch(&mut self, id: ShelfId) -> bool {
+        let Some(archive) = self.archive.as_mut().filter(|a| a.may_fetch() || a.is_fetching(id)) else {
+            return false;
+        };
+        archive.fetch(id);
+        true
+    }
+
+    /// True until a file has come, or is known not to.
+    pub fn is_fetching(&self, id: ShelfId) -> bool {
+        self.archive.as_ref().is_some_and(|archive| archive.is_fetching(id))
+    }
+
+    /// True if there is something to write, or to wait for.
+    pub fn is_busy(&self) -> bool {
+        self.archive.as_ref().is_some_and(Archive::is_busy)
+    }
+
+    /// Puts all snapshots on the shelf, the most valuable ones, as many as it may hold.
+    pub fn put_all_away(&mut self, stores: &mut Stores<'_>) {
+        let mut all = self.weights(stores);
+        all.sort_by(|a, b| b.1.total_cmp(&a.1));
+        let Some(archive) = &mut self.archive else { return };
+        archive.close();
+        let mut n_left = archive.usage().n_byte_max;
+        for (_, _, node) in all {
+            let Some(snapshot) = self.tree.get(node) else { continue };
+            let n_byte = stores.memory.export_bytes(snapshot.seq) as u64;
+            if n_byte <= n_left {
+                n_left -= n_byte;
+                self.put_away(node, stores);
+            }
+        }
+    }
+
+    /// The snapshot to go first, and its weight. One that shares all it has returns nothing, so it goes only if all are like
+    /// that.
     fn lightest(&self, stores: &Stores<'_>) -> Option<(f64, NodeId)> {
+        let all = self.weights(stores).into_iter();
+        all.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, weight, node)| (weight, node))
+    }
+
+    /// Of each snapshot whether it shares all it has, what it weighs, and where it is.
+    fn weights(&self, stores: &Stores<'_>) -> Vec<(bool, f64, NodeId)> {
         let anywhere = self.enters_anywhere(stores);
         let weigh = |node: NodeId| {
             let snapshot = self.tree.get(node)?;
@@ -368,16 +521,18 @@ impl Cache {
             let worth = snapshot.n_use * n_again as f64 / n_byte.max(1) as f64;
             Some((n_byte == 0, snapshot.used_at + worth, node))
         };
-        let all = self.tree.all().into_iter().filter_map(weigh);
-        all.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, weight, node)| (weight, node))
+        self.tree.all().into_iter().filter_map(weigh).collect()
     }
 
-    /// Drops all snapshots.
+    /// Drops all snapshots, and what is on its way to the shelf. What is on it stays.
     pub fn clear(&mut self, stores: &mut Stores<'_>) {
         self.tree.all().into_iter().for_each(|node| self.drop(node, stores));
+        let leaving = self.archive.as_mut().map_or_else(Vec::new, Archive::clear);
+        leaving.into_iter().for_each(|seq| stores.memory.free(seq));
     }
 
     pub fn usage(&self, stores: &Stores<'_>) -> CacheUsage {
-        CacheUsage { n_snapshot: self.tree.len(), bytes: stores.bytes_resting(), ..self.usage }
+        let shelf = self.archive.as_ref().map(Archive::usage);
+        CacheUsage { n_snapshot: self.tree.len(), bytes: self.bytes(stores), shelf, ..self.usage }
     }
 }

@@ -14,8 +14,9 @@ use crate::{
     choose::{Choice, Outcome, Pace},
     plan::{LanePlan, SlotView, StepPlan, plan},
     radix::n_common,
+    shelf::{Archive, Shelf, ShelfId},
     slot::{Active, Phase, SlotStatus},
-    snapshot_file::{RestoreError, SnapshotFile},
+    snapshot_file::{CheckedSnapshot, RestoreError, SnapshotFile},
 };
 
 /// The model that decides: its compiled forward and the memory of its sequences.
@@ -46,7 +47,7 @@ pub struct EngineConfig {
     /// A free slot whose last tokens make up at least this share of a prompt serves it; otherwise it is the slot that
     /// was free longest. What is reused does not depend on it.
     pub slot_similarity: f32,
-    /// Digest of all that a snapshot in a file depends on: models, drafter, storage, build.
+    /// Digest of all that a snapshot in a file depends on: models, drafters, storage, numerics.
     pub pair: u64,
     /// Recounts all memory after each step; for tests.
     pub check_memory: bool,
@@ -71,7 +72,7 @@ impl Default for EngineConfig {
 /// What a call to [`Engine::step`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// There was nothing to do.
+    /// There was nothing to do, or it waits for the shelf.
     Idle,
     /// A forward ran.
     Ran {
@@ -231,6 +232,15 @@ pub struct Restored {
     pub serves_drafts: bool,
 }
 
+/// What an erase forgot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Erased {
+    /// Tokens of the conversation.
+    pub n_token: usize,
+    /// Snapshots of it.
+    pub n_snapshot: usize,
+}
+
 /// The engine. See the crate's documentation.
 pub struct Engine {
     target: Target,
@@ -242,12 +252,30 @@ pub struct Engine {
     slots: Vec<Option<Active>>,
     /// The tokens that each slot had last, and when it was used last.
     last: Vec<(Vec<Token>, u64)>,
-    waiting: VecDeque<Waiting>,
+    waiting: VecDeque<Queued>,
     cache: Cache,
     n_started: u64,
     counters: Counters,
     clock: Option<Clock>,
     out: StepOut,
+}
+
+/// A request in the queue.
+struct Queued {
+    waiting: Waiting,
+    /// The file with a part of its prompt, until it has come.
+    fetching: Option<ShelfId>,
+    /// Files that were asked for. What comes may be dropped for others before there is a slot, so it is asked again, but not
+    /// for ever.
+    n_fetch: usize,
+    /// It waits for what another request computes.
+    awaits_twin: bool,
+}
+
+impl Queued {
+    fn new(waiting: Waiting) -> Queued {
+        Queued { waiting, fetching: None, n_fetch: 0, awaits_twin: false }
+    }
 }
 
 /// A request without a slot.
@@ -285,8 +313,14 @@ impl Waiting {
 /// right before them.
 const N_TAIL_MAX: usize = 64;
 
-/// Shared tokens behind which prompts have parted that are worth a snapshot.
+/// Tokens behind what is cached already that are worth a snapshot.
 const N_BRANCH_MIN: usize = 16;
+
+/// Tokens that another request is computing, for which one that has them too begins to wait.
+const N_AWAIT_MIN: usize = 64;
+
+/// Files that are fetched for one request.
+const N_FETCH_MAX: usize = 3;
 
 impl Engine {
     /// An engine that serves `target`, guessing with `drafters`: none, one, or whichever is best for a slot. The
@@ -332,6 +366,15 @@ impl Engine {
         self
     }
 
+    /// Keeps what the cache has no room for on `shelf`, in `n_byte_max` bytes, and finds what is there already. Does nothing
+    /// where the cache is off.
+    pub fn with_shelf(mut self, shelf: Box<dyn Shelf>, n_byte_max: u64) -> Self {
+        if self.config.cache.is_on() {
+            self.cache.set_archive(Archive::new(shelf, n_byte_max, self.config.pair));
+        }
+        self
+    }
+
     fn now(&self) -> Duration {
         self.clock.as_ref().map_or(Duration::ZERO, |clock| clock())
     }
@@ -363,13 +406,13 @@ impl Engine {
         if self.waiting.len() >= self.config.n_queue_max + n_free {
             return Err(SubmitError::QueueFull { n_waiting: self.waiting.len() });
         }
-        self.waiting.push_back(Waiting::New(Box::new(request), Box::new(sampler)));
+        self.waiting.push_back(Queued::new(Waiting::New(Box::new(request), Box::new(sampler))));
         Ok(())
     }
 
     /// Ends a request without an answer; its slot is free at once. False if it was not known any more.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        if let Some(at) = self.waiting.iter().position(|waiting| waiting.id() == id) {
+        if let Some(at) = self.waiting.iter().position(|queued| queued.waiting.id() == id) {
             self.waiting.remove(at);
             return true;
         }
@@ -388,8 +431,20 @@ impl Engine {
         !self.waiting.is_empty() || self.slots.iter().any(Option::is_some)
     }
 
+    /// True if snapshots are on their way to the shelf or from it, which steps see to.
+    pub fn has_chores(&self) -> bool {
+        self.cache.is_busy()
+    }
+
+    /// Puts on the shelf what the cache holds and has room there. Steps do the writing: it is done when there are no
+    /// [chores](Self::has_chores) left.
+    pub fn put_away(&mut self) {
+        self.cache.put_all_away(&mut stores(&mut self.target, &mut self.drafters));
+    }
+
     /// One step: admit, draft, plan, forward, verify, commit, emit.
     pub fn step(&mut self, events: &mut Vec<Event>) -> Step {
+        self.cache.tend(&mut stores(&mut self.target, &mut self.drafters));
         self.admit(events);
         let begin = self.now();
         let mut drafts = self.draft();
@@ -435,18 +490,23 @@ impl Engine {
     fn admit(&mut self, events: &mut Vec<Event>) {
         let mut at = 0;
         while at < self.waiting.len() {
-            let Some(slot) = self.free_slot(&self.waiting[at]) else {
+            let Some(slot) = self.free_slot(&self.waiting[at].waiting) else {
                 at += 1;
                 continue;
             };
-            let (hit, has_room) = self.reach(at);
-            if !has_room {
+            let hit = self.reach(at);
+            let must_wait = self.awaits_more(at, hit);
+            if must_wait || !self.has_room(at, hit) {
                 if let Some(hit) = hit {
                     stores(&mut self.target, &mut self.drafters).forget(hit.seq);
                 }
+                if must_wait {
+                    at += 1;
+                    continue;
+                }
                 return;
             }
-            let Some(waiting) = self.waiting.remove(at) else { return };
+            let Some(Queued { waiting, .. }) = self.waiting.remove(at) else { return };
             let seq = hit.map_or_else(|| self.target.memory.create(), |hit| hit.seq);
             let n_cached = hit.map_or(0, |hit| hit.len);
             let mut active = match waiting {
@@ -484,20 +544,84 @@ impl Engine {
         best.map(|(_, slot)| slot).or_else(|| free().min_by_key(|&slot| self.last[slot].1))
     }
 
-    /// The longest cached prefix of a waiting request, and whether there is room for all of it beside those that run.
-    fn reach(&mut self, at: usize) -> (Option<Hit>, bool) {
-        let (caches, drafts) = match &self.waiting[at] {
+    /// Whether a waiting request uses the cache, and the drafters that a prefix must have parts of.
+    fn wants(&self, at: usize) -> (bool, Members) {
+        match &self.waiting[at].waiting {
             Waiting::New(request, _) => {
                 let all = Members::of(|_| self.n_draft_max(request) > 0, self.drafters.len());
                 (request.cache_prompt, all)
             }
             Waiting::Parked(active) => (active.caches, followers(active)),
-        };
-        let tokens = self.waiting[at].tokens();
+        }
+    }
+
+    /// The longest cached prefix of a waiting request.
+    fn reach(&mut self, at: usize) -> Option<Hit> {
+        let (caches, wanted) = self.wants(at);
+        let tokens = self.waiting[at].waiting.tokens();
         let mut stores = stores(&mut self.target, &mut self.drafters);
         // The last token is computed in any case: its row says what comes next.
         let n_max = tokens.len() - 1;
-        let hit = if caches { self.cache.find(tokens, n_max, drafts, &mut stores) } else { None };
+        if caches { self.cache.find(tokens, n_max, wanted, &mut stores) } else { None }
+    }
+
+    /// True if a waiting request should wait on, since more of its prompt than `hit` is about to be there: on its way from
+    /// the shelf, or being computed by another request. It is asked before each step, so who waits for a request that is
+    /// cancelled, or for a file that is damaged, goes on with what there is.
+    fn awaits_more(&mut self, at: usize, hit: Option<Hit>) -> bool {
+        let (caches, wanted) = self.wants(at);
+        if !caches || !self.config.cache.is_on() {
+            return false;
+        }
+        let n_have = hit.map_or(0, |hit| hit.len);
+        self.awaits_shelf(at, n_have, wanted) || self.awaits_twin(at, n_have, wanted)
+    }
+
+    fn awaits_shelf(&mut self, at: usize, n_have: usize, wanted: Members) -> bool {
+        let n_free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        let n_before = self.waiting.iter().take(at).filter(|queued| queued.fetching.is_some()).count();
+        let queued = &mut self.waiting[at];
+        if queued.fetching.is_some_and(|id| self.cache.is_fetching(id)) {
+            return true;
+        }
+        queued.fetching = None;
+        if queued.n_fetch >= N_FETCH_MAX {
+            return false;
+        }
+        let tokens = queued.waiting.tokens();
+        let stores = stores(&mut self.target, &mut self.drafters);
+        let Some(id) = self.cache.on_shelf(tokens, n_have, tokens.len() - 1, wanted, &stores) else {
+            return false;
+        };
+        // Without a slot for it, it would have to wait here, where others may need the room.
+        if n_before < n_free && self.cache.fetch(id) {
+            queued.fetching = Some(id);
+            queued.n_fetch += 1;
+        }
+        true
+    }
+
+    /// Requests with one prompt that come together compute it once: the others wait for the first one's snapshot.
+    fn awaits_twin(&mut self, at: usize, n_have: usize, wanted: Members) -> bool {
+        let queued = &mut self.waiting[at];
+        let n_min = n_have + if queued.awaits_twin { 1 } else { N_AWAIT_MIN };
+        queued.awaits_twin = false;
+        let tokens = queued.waiting.tokens();
+        let is_drawn = |active: &Active| active.caches && followers(active).covers(wanted);
+        for active in self.slots.iter_mut().flatten().filter(|active| is_drawn(active)) {
+            let n = n_common(&active.tokens[..active.stats.n_prompt], tokens).min(tokens.len() - 1);
+            if n > active.n_computed && n >= n_min {
+                // There is a snapshot at the end of what both have, or one is taken.
+                active.add_cut(n);
+                queued.awaits_twin = true;
+                return true;
+            }
+        }
+        false
+    }
+
+    /// True if there is room for all of a waiting request beside those that run.
+    fn has_room(&self, at: usize, hit: Option<Hit>) -> bool {
         let memory = &self.target.memory;
         let owed = |tokens: &[Token], seq: Option<SeqId>| {
             let (n_have, n_asleep) =
@@ -506,13 +630,14 @@ impl Engine {
         };
         let running: Vec<&Active> = self.slots.iter().flatten().collect();
         if running.is_empty() {
-            return (hit, true);
+            return true;
         }
         // A page for each to grow into, and one for a shared page that is written.
         let spare = memory.n_page_of(1) * (running.len() + 2);
         let promised: usize = running.iter().map(|active| owed(&active.tokens, Some(active.seq))).sum();
+        let tokens = self.waiting[at].waiting.tokens();
         let needed = owed(tokens, hit.map(|hit| hit.seq)) + promised + spare;
-        (hit, needed <= memory.n_page_free())
+        needed <= memory.n_page_free()
     }
 
     fn n_draft_max(&self, request: &Request) -> usize {
@@ -563,7 +688,8 @@ impl Engine {
         cuts.extend(Some(self.cache.n_shared(&active.tokens)).filter(|&m| m >= n_cached + N_BRANCH_MIN));
         let n_step = n.checked_div(config.n_step).unwrap_or(0);
         cuts.extend((1..=n_step).rev().take(config.n_step_max).map(|i| i * config.n_step));
-        cuts.retain(|&cut| cut > n_cached && cut < n);
+        // A cut costs a forward; close behind what is cached it would save less than one.
+        cuts.retain(|&cut| cut >= n_cached + N_BRANCH_MIN && cut < n);
         cuts.sort_unstable_by(|a, b| b.cmp(a));
         cuts.dedup();
         active.cuts = cuts;
@@ -867,7 +993,7 @@ impl Engine {
         stores.forget(active.seq);
         cache.evict(&mut stores);
         self.counters.n_parked += 1;
-        self.waiting.push_front(Waiting::Parked(Box::new(active)));
+        self.waiting.push_front(Queued::new(Waiting::Parked(Box::new(active))));
     }
 
     /// Takes a snapshot if the prompt in `slot` has come to where one is due.
@@ -900,21 +1026,18 @@ impl Engine {
             return Err(SaveError::Empty { slot, why: "it has served no request" });
         }
         let mut stores = stores(&mut self.target, &mut self.drafters);
-        let Some((n_token, target, drafters)) = self.cache.export(tokens, &mut stores) else {
+        let Some((n_token, bytes)) = self.cache.export(tokens, self.config.pair, &mut stores) else {
             let why = "what its last request computed is not in the prompt cache (any more)";
             return Err(SaveError::Empty { slot, why });
         };
-        let tokens = tokens[..n_token].to_vec();
-        let drafters = drafters.iter().map(|(name, part)| (*name, &part[..])).collect();
-        let file = SnapshotFile { tokens, target: &target, drafters };
-        Ok(Saved { bytes: file.write(self.config.pair), n_token })
+        Ok(Saved { bytes, n_token })
     }
 
     /// Takes up the contents of such a file as what `slot` had last; any slot may go on with it. On error nothing has
     /// changed.
-    pub fn restore(&mut self, slot: usize, bytes: &[u8]) -> Result<Restored, SaveError> {
+    pub fn restore(&mut self, slot: usize, file: &CheckedSnapshot) -> Result<Restored, SaveError> {
         let slot = self.idle_slot(slot)?;
-        let file = SnapshotFile::read(bytes, self.config.pair)?;
+        let file = SnapshotFile::read(file, self.config.pair)?;
         let (n_token, n_vocab) = (file.tokens.len(), self.target.n_vocab);
         if file.tokens.iter().any(|&token| token as usize >= n_vocab) {
             return Err(RestoreError::Damaged(format!("a token beyond the {n_vocab} that there are")).into());
@@ -926,12 +1049,20 @@ impl Engine {
         Ok(Restored { n_token, serves_drafts })
     }
 
-    /// Forgets what the last request of `slot` left, and says how many tokens that were.
-    pub fn erase(&mut self, slot: usize) -> Result<usize, SaveError> {
+    /// Forgets what the conversation of `slot` left, on the shelf too, except what other conversations begin with.
+    pub fn erase(&mut self, slot: usize) -> Result<Erased, SaveError> {
         let slot = self.idle_slot(slot)?;
         let tokens = std::mem::take(&mut self.last[slot].0);
-        self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafters));
-        Ok(tokens.len())
+        let n_snapshot = self.cache.erase(&tokens, &mut stores(&mut self.target, &mut self.drafters));
+        Ok(Erased { n_token: tokens.len(), n_snapshot })
+    }
+
+    /// Tokens of the last request of `slot` that one which goes on from them would begin with; 0 while it is busy.
+    pub fn n_kept(&mut self, slot: usize) -> usize {
+        let Some((tokens, _)) = self.last.get(slot).filter(|_| self.slots[slot].is_none()) else { return 0 };
+        let stores = stores(&mut self.target, &mut self.drafters);
+        let wanted = Members::of(|_| self.config.n_draft_max > 0, stores.drafters.len());
+        self.cache.n_reach(tokens, wanted, &stores)
     }
 
     /// Drops everything that is cached.

@@ -15,6 +15,8 @@
 //! Where running requests outgrow the memory together, the youngest is *parked*: it waits again, its tokens known and a
 //! snapshot in the cache if there is room for one, and goes on where it was. No request fails half way for want of room.
 //!
+//! What the cache drops may lie on a [`Shelf`] until it is asked for again; files and threads are the shelf's.
+//!
 //! No clock, thread or I/O lives here: the same calls give the same events, so a seed replays a run. A clock may be
 //! lent ([`Engine::with_clock`]); counters see it, and [`Engine::with_planner`] lets it decide how much is drafted,
 //! which changes no token. The engine names no architecture, drafter, tensor type or HTTP field.
@@ -26,18 +28,21 @@ mod event;
 mod plan;
 mod radix;
 mod request;
+mod shelf;
 mod slot;
 mod snapshot_file;
 
 pub use cache::{CacheConfig, CacheUsage};
 pub use engine::{
-    Clock, Counters, Engine, EngineConfig, Restored, SaveError, Saved, StageTimes, Step, SubmitError, Target,
+    Clock, Counters, Engine, EngineConfig, Erased, Restored, SaveError, Saved, StageTimes, Step, SubmitError,
+    Target,
 };
 pub use event::{Event, Finish, RequestError, SpeculationNote, Stats, TokenOut};
 pub use plan::{LanePlan, SlotView, StepPlan, plan};
 pub use request::{Request, RequestId};
+pub use shelf::{Shelf, ShelfId, ShelfNews, ShelfUsage, Stocked};
 pub use slot::{Phase, SlotStatus};
-pub use snapshot_file::{RestoreError, digest};
+pub use snapshot_file::{CheckedSnapshot, RestoreError, SnapshotHead, digest};
 
 /// A token id.
 pub type Token = u32;

@@ -179,7 +179,6 @@ impl<T> Radix<T> {
     }
 
     /// The tokens of `id`.
-    #[cfg(test)]
     pub fn tokens(&self, id: NodeId) -> Vec<Token> {
         let mut edges: Vec<&[Token]> = self.up(id).map(|at| &self.nodes[at].edge[..]).collect();
         edges.reverse();

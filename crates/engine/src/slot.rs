@@ -128,6 +128,14 @@ impl Active {
         self.cuts.last().map_or(usize::MAX, |cut| cut - self.n_computed).min(self.n_gap())
     }
 
+    /// Takes a snapshot behind `n` tokens too, which are not computed yet.
+    pub fn add_cut(&mut self, n: usize) {
+        assert!(n > self.n_computed, "a cut at {n} of {} computed tokens", self.n_computed);
+        if let Err(at) = self.cuts.binary_search_by(|cut| n.cmp(cut)) {
+            self.cuts.insert(at, n);
+        }
+    }
+
     /// Forgets the cuts that were reached, and says whether one was.
     pub fn reach_cuts(&mut self) -> bool {
         let n = self.cuts.len();

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use paceline_backend::{Backend, PlanBuilder, StateConfig, cpu::CpuBackend};
-use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target};
+use paceline_backend::{Backend, NUMERICS, PlanBuilder, StateConfig, cpu::CpuBackend};
+use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Stats, Target, digest};
 use paceline_gguf::Gguf;
 use paceline_memory::Memory;
 use paceline_sampling::TokenLogprobs;
@@ -187,6 +187,37 @@ fn restored_is_fresh() {
         assert_eq!((usage.n_page, usage.n_page_resting, usage.bytes + usage.bytes_resting), (0, 0, 0));
         assert_eq!(warm.drafters()[0].state_bytes(), 0);
     }
+}
+
+/// Digests of all that the bundled pair leaves in memory behind a long prompt, by the number that a build gives to its bits
+/// and the kernels that it ran on.
+const BITS: &[(u32, &str, u64)] = &[
+    (1, "avx512", 0x1495_98d6_61c5_9639),
+    (1, "avx2", 0xffd6_3590_181e_d6ce),
+    (1, "scalar", 0xb4a2_99ef_5663_f1e6),
+];
+
+/// Files of snapshots are taken up by every build with the same [`NUMERICS`]. Whoever changes what is computed has to raise
+/// it, and to write down here what goes with the new number.
+#[test]
+fn bits_go_with_their_number() {
+    let backend = CpuBackend::new(2).unwrap().describe();
+    let isa = backend.split(' ').nth(1).unwrap();
+    let prompt: Vec<u32> =
+        references().iter().flat_map(|r| r.tokens[..r.n_prompt].to_vec()).cycle().take(900).collect();
+    let mut engine = engine(1, CacheConfig::default());
+    let request = Request { n_predict: Some(1), ignore_eos: true, ..Request::new(RequestId(0), prompt) };
+    ask(&mut engine, vec![request]);
+    let found = digest(&engine.save(0).unwrap().bytes);
+    let known = BITS.iter().find(|(number, name, _)| *number == NUMERICS && *name == isa);
+    let Some((_, _, expected)) = known else {
+        return println!("nothing is known of {isa} kernels with NUMERICS {NUMERICS}: found {found:#018x}");
+    };
+    assert_eq!(
+        *expected, found,
+        "{backend}: other bits than before ({expected:#018x} -> {found:#018x}): raise paceline_backend::NUMERICS, unless \
+         only the format of files has changed, and write the digests of all kernel sets (PACELINE_ISA) down here"
+    );
 }
 
 #[test]

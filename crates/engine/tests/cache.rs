@@ -2,11 +2,13 @@
 
 mod world;
 
-use paceline_engine::{CacheConfig, Request, RequestId, RestoreError, SaveError, Stats};
+use paceline_engine::{
+    CacheConfig, CheckedSnapshot, Request, RequestId, RestoreError, Restored, SaveError, Stats,
+};
 use paceline_sampling::SamplingParams;
 use paceline_spec::Draft;
 use paceline_testkit::{Accept, Forks, HashKind, HashModel, Scripted, Token, oracle};
-use world::{Sizes, World};
+use world::{Sizes, World, shelf::Folder};
 
 fn text(text: &str) -> Vec<Token> {
     text.bytes().map(Token::from).collect()
@@ -19,6 +21,11 @@ fn request(id: u64, prompt: Vec<Token>) -> Request {
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         ..Request::new(RequestId(id), prompt)
     }
+}
+
+/// Takes a file up as the server does: its checksum first.
+fn restore(world: &mut World, slot: usize, bytes: &[u8]) -> Result<Restored, SaveError> {
+    world.engine.restore(slot, &CheckedSnapshot::new(bytes.to_vec())?)
 }
 
 /// A drafter that is right more or less often, depending on the place alone.
@@ -233,7 +240,7 @@ fn what_is_saved_can_be_restored_elsewhere() {
         assert_eq!(saved.n_token, PAST.len() + answer.len() - 1);
         assert!(matches!(before.engine.save(0), Err(SaveError::Empty { slot: 0, .. })));
         assert!(matches!(
-            before.engine.restore(7, &saved.bytes),
+            restore(&mut before, 7, &saved.bytes),
             Err(SaveError::BadSlot { slot: 7, n_slot: 2 })
         ));
 
@@ -243,13 +250,13 @@ fn what_is_saved_can_be_restored_elsewhere() {
             let mut bad = saved.bytes.clone();
             bad[n] ^= 0x40;
             for bad in [&bad[..], &saved.bytes[..n]] {
-                assert!(matches!(after.engine.restore(0, bad), Err(SaveError::Restore(_))), "{n}");
+                assert!(matches!(restore(&mut after, 0, bad), Err(SaveError::Restore(_))), "{n}");
             }
         }
         let usage = after.engine.usage();
         assert_eq!((usage.n_resting, usage.bytes_resting, after.states.n_page()), (0, 0, 0));
 
-        let restored = after.engine.restore(0, &saved.bytes).unwrap();
+        let restored = restore(&mut after, 0, &saved.bytes).unwrap();
         assert_eq!((restored.n_token, restored.serves_drafts), (saved.n_token, true));
         assert_eq!(after.engine.save(0).unwrap(), saved, "nothing is lost on the way");
         let next = request(1, [&text(PAST)[..], &answer, &text("and?")].concat());
@@ -259,8 +266,9 @@ fn what_is_saved_can_be_restored_elsewhere() {
         assert_eq!(told.n_cached, saved.n_token);
         let warm = Stats { n_cached: 0, ..told.stats.clone() };
         assert_eq!((told.ids(), warm), cold(kind, Forks::Anywhere, next), "{kind:?}");
-        assert_eq!(after.engine.restore(0, &saved.bytes).unwrap(), restored, "again is no harm");
-        assert_eq!(after.engine.erase(0), Ok(saved.n_token));
+        assert_eq!(restore(&mut after, 0, &saved.bytes).unwrap(), restored, "again is no harm");
+        let erased = after.engine.erase(0).unwrap();
+        assert!(erased.n_token == saved.n_token && erased.n_snapshot > 0, "{erased:?}");
         assert!(matches!(after.engine.save(0), Err(SaveError::Empty { slot: 0, .. })));
         after.check();
 
@@ -268,7 +276,7 @@ fn what_is_saved_can_be_restored_elsewhere() {
         let small = CacheConfig { n_byte_max: 10, ..Sizes::ROOMY.cache };
         for cache in [CacheConfig::OFF, small] {
             let mut other = world(kind, Forks::Anywhere, Sizes { cache, ..Sizes::ROOMY });
-            let error = other.engine.restore(0, &saved.bytes).unwrap_err();
+            let error = restore(&mut other, 0, &saved.bytes).unwrap_err();
             assert!(matches!(error, SaveError::Restore(RestoreError::Useless(_))), "{error}");
             other.check();
         }
@@ -276,7 +284,7 @@ fn what_is_saved_can_be_restored_elsewhere() {
         let kinds = HashKind::ALL.into_iter().filter(|&other| other != kind);
         for other in kinds {
             let mut other = world(other, Forks::Anywhere, Sizes::ROOMY);
-            let error = other.engine.restore(0, &saved.bytes).unwrap_err();
+            let error = restore(&mut other, 0, &saved.bytes).unwrap_err();
             assert!(matches!(error, SaveError::Restore(RestoreError::Damaged(_))), "{error}");
             other.check();
         }
@@ -292,11 +300,155 @@ fn a_file_without_a_drafters_part_says_whom_it_serves() {
     before.run();
     let saved = before.engine.save(0).unwrap();
     let mut after = world(kind, Forks::Anywhere, Sizes::ROOMY);
-    assert!(!after.engine.restore(1, &saved.bytes).unwrap().serves_drafts);
+    assert!(!restore(&mut after, 1, &saved.bytes).unwrap().serves_drafts);
     let next = [&text(PAST)[..], &before.told[&RequestId(0)].ids(), &text("and?")].concat();
     after.submit(request(0, next.clone())).unwrap();
     after.submit(Request { n_draft_max: Some(0), ..request(1, next) }).unwrap();
     after.run();
     assert_eq!([0, 1].map(|id| after.told[&RequestId(id)].n_cached), [0, saved.n_token]);
     after.check();
+}
+
+/// Five requests with one prompt at once: the first computes it, the others begin where it was.
+#[test]
+fn prompts_that_come_together_are_computed_once() {
+    let n = PAST.len();
+    for kind in HashKind::ALL {
+        for n_slot in [1, 2, 4, 8] {
+            let sizes = Sizes { n_slot, ..Sizes::ROOMY };
+            let five = (0..5).map(|id| request(id, text(PAST))).collect();
+            let got = check(kind, Forks::Anywhere, sizes, vec![five]).concat();
+            assert_eq!(got, [0, n - 1, n - 1, n - 1, n - 1], "{kind:?}, {n_slot} slots");
+        }
+        // With ends of their own, what they share is long enough to wait for; a short beginning is not.
+        let ends = ["", " it", " is", " was so"].map(|end| text(&format!("{PAST}{end}")));
+        let four = ends.iter().enumerate().map(|(id, prompt)| request(id as u64, prompt.clone())).collect();
+        let got = check(kind, Forks::Anywhere, Sizes { n_slot: 4, ..Sizes::ROOMY }, vec![four]).concat();
+        assert!(got[1..].iter().all(|&n_cached| n_cached >= n - 1), "{kind:?}: {got:?}");
+        let short = &PAST[..40];
+        let two = (0..2).map(|id| request(id, text(short))).collect();
+        assert_eq!(check(kind, Forks::Anywhere, Sizes::ROOMY, vec![two]).concat(), [0, 0], "{kind:?}");
+        // Nothing can be handed on where nothing is kept, or by one who does not want to, or has no drafter.
+        let off = vec![(0..3).map(|id| request(id, text(PAST))).collect()];
+        assert_eq!(check(kind, Forks::Anywhere, Sizes::COLD, off).concat(), [0, 0, 0], "{kind:?}");
+        let plain = |id| Request { n_draft_max: Some(0), ..request(id, text(PAST)) };
+        let uncached = |id| Request { cache_prompt: false, ..request(id, text(PAST)) };
+        for first in [plain(0), uncached(0)] {
+            let round = vec![vec![first, request(1, text(PAST))]];
+            assert_eq!(check(kind, Forks::Anywhere, Sizes::ROOMY, round).concat(), [0, 0], "{kind:?}");
+        }
+    }
+}
+
+/// Who waits for another's prompt goes on when that one is cancelled, at any moment.
+#[test]
+fn nobody_waits_for_who_is_gone() {
+    let long = text(&PAST.repeat(2));
+    for kind in HashKind::ALL {
+        for n_step in 0..8 {
+            let mut world = world(kind, Forks::Anywhere, Sizes { n_slot: 4, ..Sizes::ROOMY });
+            (0..3).for_each(|id| world.submit(request(id, long.clone())).unwrap());
+            (0..n_step).for_each(|_| _ = world.step());
+            world.cancel(RequestId(0));
+            world.run();
+            for id in [1, 2] {
+                let (ids, _) = cold(kind, Forks::Anywhere, request(id, long.clone()));
+                assert_eq!(world.told[&RequestId(id)].ids(), ids, "{kind:?}, after {n_step} steps");
+            }
+            world.check();
+        }
+    }
+}
+
+/// A budget for one prompt, a shelf for all: what was dropped comes back, in this life and the next one.
+#[test]
+fn what_has_no_room_lies_on_the_shelf() {
+    let prompt = |i: u64| text(&format!("{i}: {PAST}{i}"));
+    for kind in HashKind::ALL {
+        for n_slot in [1, 2, 4, 8] {
+            let folder = Folder::default();
+            // Recurrent states are small.
+            let n_byte_max = if kind == HashKind::Recurrent { 1000 } else { 6000 };
+            let cache = CacheConfig { n_byte_max, ..Sizes::ROOMY.cache };
+            let sizes = Sizes { n_slot, cache, ..Sizes::ROOMY };
+            let new = |seed| world(kind, Forks::Anywhere, sizes).with_shelf(folder.shelf(seed, 0), 1 << 40);
+            let mut first = new(1);
+            let n_round = 3;
+            for round in 0..n_round {
+                for i in 0..6 {
+                    first.submit(request(10 * round + i, prompt(i))).unwrap();
+                }
+                first.run();
+            }
+            let shelf = first.engine.cache_usage().shelf.unwrap();
+            assert!(shelf.n_stored > 0 && shelf.n_fetched > 0, "{kind:?}, {n_slot} slots: {shelf:?}");
+            first.engine.put_away();
+            first.check();
+
+            let mut second = new(2);
+            assert_eq!(second.engine.cache_usage().shelf.unwrap().n_file, folder.n_file());
+            for i in 0..6 {
+                second.submit(request(i, prompt(i))).unwrap();
+            }
+            second.run();
+            for i in 0..6 {
+                let told = &second.told[&RequestId(i)];
+                assert!(told.n_cached + 30 > prompt(i).len(), "{kind:?}, {i}: {} cached", told.n_cached);
+                let warm = Stats { n_cached: 0, ..told.stats.clone() };
+                assert_eq!(
+                    (told.ids(), warm),
+                    cold(kind, Forks::Anywhere, request(i, prompt(i))),
+                    "{kind:?}"
+                );
+            }
+            second.check();
+
+            // Damaged ones are computed, once, and gone.
+            folder.damage();
+            let mut third = new(3);
+            for i in 0..6 {
+                third.submit(request(i, prompt(i))).unwrap();
+            }
+            third.run();
+            let shelf = third.engine.cache_usage().shelf.unwrap();
+            assert!(shelf.n_fetched == 0 && shelf.n_not_fetched >= 6, "{shelf:?}");
+            assert_eq!(shelf.bytes, folder.bytes() as u64);
+            third.check();
+        }
+    }
+}
+
+/// What a slot's conversation left is gone, from memory and shelf, and what others begin with is not.
+#[test]
+fn erased_is_forgotten() {
+    for kind in HashKind::ALL {
+        let folder = Folder::default();
+        // Room for one of the two.
+        let cache = CacheConfig { n_byte_max: 9000, ..Sizes::ROOMY.cache };
+        let sizes = Sizes { n_slot: 2, cache, ..Sizes::ROOMY };
+        let mut world = world(kind, Forks::Anywhere, sizes).with_shelf(folder.shelf(1, 0), 1 << 40);
+        let system = "you are a cat that can talk, and this is the house where you live. ";
+        let chat = |who: &str| text(&format!("{system}{who} {PAST}"));
+        let ask = |world: &mut World, id: u64, slot, prompt: Vec<Token>| {
+            let turns = vec![system.len()];
+            world.submit(Request { slot: Some(slot), turns, ..request(id, prompt) }).unwrap();
+            world.run();
+            world.told[&RequestId(id)].n_cached
+        };
+        ask(&mut world, 0, 0, chat("one"));
+        ask(&mut world, 1, 1, chat("two"));
+        let kept = world.engine.n_kept(1);
+        assert!(kept > system.len(), "{kind:?}: {kept}");
+        assert!(world.engine.erase(0).unwrap().n_snapshot > 0);
+        assert_eq!(world.engine.erase(0).unwrap().n_token, 0, "again there is nothing");
+        let again = ask(&mut world, 2, 0, chat("one"));
+        assert!(again <= system.len(), "{kind:?}: {again} tokens were left of what was erased");
+        let other = ask(&mut world, 3, 1, chat("two"));
+        assert!(other > system.len(), "{kind:?}: another conversation lost what it had, but for {other}");
+        world.engine.erase(0).unwrap();
+        world.engine.erase(1).unwrap();
+        world.rest();
+        assert_eq!((folder.n_file(), ask(&mut world, 4, 0, chat("two"))), (0, 0), "{kind:?}");
+        world.check();
+    }
 }

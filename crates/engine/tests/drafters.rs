@@ -3,7 +3,7 @@
 
 mod pairs;
 
-use paceline_engine::{CacheConfig, Request, RequestId, Stats, TokenOut};
+use paceline_engine::{CacheConfig, CheckedSnapshot, Request, RequestId, Stats, TokenOut};
 use paceline_testkit::{Rng, Seeded};
 
 use pairs::{Pair, bits, check_end, serve};
@@ -102,7 +102,10 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
     let dflash = Pair::new("qwen35", &files[1..]);
     let dflash2 = Pair::new("qwen35", &[("dflash2", "dflash2")]);
     let gemma = Pair::new("gemma4", &[("gemma4-assistant", "gemma4-assistant")]);
-    let lists: [(&Pair, &[&str]); 12] = [
+    let qwen3 = Pair::new("qwen3", &[("draft", "qwen3")]);
+    // Layers with a window, shorter than most of these prompts.
+    let windowed = Pair::new("gemma4", &[("draft", "gemma4"), ("dflash", "dflash-gemma4")]);
+    let lists: [(&Pair, &[&str]); 17] = [
         (&gemma, &["gemma4-assistant"]),
         (&gemma, &["gemma4-assistant", "ngram-simple"]),
         (&hybrid, &["draft-mtp"]),
@@ -115,9 +118,15 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
         (&dflash, &["dflash"]),
         (&dflash, &["dflash", "ngram-simple"]),
         (&dflash2, &["dflash2"]),
+        (&qwen3, &["draft"]),
+        (&windowed, &[]),
+        (&windowed, &["draft"]),
+        (&windowed, &["dflash"]),
+        (&windowed, &["dflash", "ngram-simple"]),
     ];
-    for (pair, drafters) in lists {
-        let new = |cache| pair.caching(drafters, 2, false, cache);
+    for (i, (pair, drafters)) in lists.into_iter().enumerate() {
+        let n_slot = [2, 1, 4, 8][i % 4];
+        let new = |cache| pair.caching(drafters, n_slot, false, cache);
         let cold = |request: &Request| {
             serve(&mut new(CacheConfig::OFF), std::slice::from_ref(request), &[]).remove(&request.id).unwrap()
         };
@@ -151,9 +160,9 @@ fn a_cached_prefix_drafts_as_a_cold_start() {
                     }
                 }
             }
-            let saved = (0..2).find_map(|slot| warm.save(slot).ok()).unwrap();
+            let saved = (0..n_slot).find_map(|slot| warm.save(slot).ok()).unwrap();
             let mut other = new(CacheConfig::default());
-            let restored = other.restore(0, &saved.bytes).unwrap();
+            let restored = other.restore(0, &CheckedSnapshot::new(saved.bytes.clone()).unwrap()).unwrap();
             assert!(restored.serves_drafts, "{drafters:?}");
             assert_eq!(other.save(0).unwrap(), saved, "nothing is lost on the way");
             // Another seed, so another answer.

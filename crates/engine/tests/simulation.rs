@@ -5,11 +5,13 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use paceline_engine::{CacheConfig, Finish, Request, RequestError, RequestId, SpeculationNote};
+use paceline_engine::{
+    CacheConfig, CheckedSnapshot, Finish, Request, RequestError, RequestId, SpeculationNote,
+};
 use paceline_sampling::SamplingParams;
 use paceline_spec::Ngram;
 use paceline_testkit::{Accept, Forks, HashKind, HashModel, Lie, Rng, Scripted, Seeded, Token, liar, oracle};
-use world::{Prices, Sizes, World, watched};
+use world::{Prices, Sizes, World, shelf::Folder, watched};
 
 const LETTERS: &[u8] = b"abcdefghijklmnopqrstuvwxyz \n.";
 
@@ -76,7 +78,7 @@ fn request(rng: &mut Rng, id: u64, prompt: Vec<Token>, n_slot: usize) -> Request
 /// Budgets from nothing to no limit: pages of these models have some hundred bytes.
 fn cache(rng: &mut Rng) -> CacheConfig {
     CacheConfig {
-        n_byte_max: *rng.pick(&[0, 300, 2000, 10_000, usize::MAX, usize::MAX]),
+        n_byte_max: *rng.pick(&[0, 300, 3000, 5000, 8000, 12_000, usize::MAX]),
         n_step: *rng.pick(&[0, 1, 16, 50]),
         n_step_max: rng.range(0..6),
         keeps_finished: rng.chance(0.8),
@@ -96,6 +98,42 @@ fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
         _ => liar(model, n_max, &[Lie::TooMany, Lie::BadQ, Lie::SharedNoise], seed),
     };
     Some(drafter.forking(forks))
+}
+
+/// What clients may do with slots between steps: save, restore, erase; and what a server does that is about to stop.
+fn meddle(
+    rng: &mut Rng,
+    world: &mut World,
+    files: &mut Vec<Vec<u8>>,
+    n_slot: usize,
+    seen: &mut BTreeMap<&'static str, usize>,
+) {
+    let slot = rng.range(0..n_slot);
+    match rng.range(0..8) {
+        0..3 => {
+            let saved = world.engine.save(slot);
+            *seen.entry("saved").or_default() += usize::from(saved.is_ok());
+            files.extend(saved.ok().map(|saved| saved.bytes));
+        }
+        3..6 if !files.is_empty() => {
+            let mut file = rng.pick(files).clone();
+            if rng.chance(0.2) {
+                let at = rng.range(0..file.len());
+                file[at] ^= 1 << rng.range(0..8);
+                assert!(CheckedSnapshot::new(file).is_err(), "damage is seen");
+                return;
+            }
+            let file = CheckedSnapshot::new(file).expect("what was saved");
+            let restored = world.engine.restore(slot, &file);
+            *seen.entry("restored").or_default() += usize::from(restored.is_ok());
+        }
+        6 => {
+            let erased = world.engine.erase(slot);
+            *seen.entry("erased").or_default() += usize::from(erased.is_ok_and(|e| e.n_snapshot > 0));
+        }
+        7 if rng.chance(0.3) => world.engine.put_away(),
+        _ => {}
+    }
 }
 
 /// Runs one life; adds what happened in it to `seen`.
@@ -129,6 +167,14 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
     *seen.entry("several drafters").or_default() += usize::from(watchful.len() > 1);
     let mut world = World::several(model.clone(), watchful, sizes, prices);
 
+    let folder = Folder::default();
+    if rng.chance(0.7) {
+        let (seed, n_fault) = (rng.bits(), *rng.pick(&[0, 3]));
+        let n_byte_max = *rng.pick(&[5000, 20_000, 1 << 40]);
+        world = world.with_shelf(folder.shelf(seed, n_fault), n_byte_max);
+    }
+    let mut files: Vec<Vec<u8>> = Vec::new();
+
     let n_request = rng.range(1..13);
     let mut arrivals: Vec<(usize, Request)> = Vec::new();
     for id in 0..n_request as u64 {
@@ -151,7 +197,7 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         if let Some((_, last)) = arrivals.last().filter(|_| rng.chance(0.2)) {
             request = Request { id: request.id, ..last.clone() };
         }
-        arrivals.push((rng.range(0..60), request));
+        arrivals.push((rng.range(0..120), request));
     }
     arrivals.sort_by_key(|(step, _)| *step);
     let mut cancels: Vec<(usize, RequestId)> = Vec::new();
@@ -170,6 +216,16 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                 prompt.extend(&request.prompt[..request.prompt.len().min(5)]);
                 prompt.truncate(n_ctx - 1);
                 request.prompt = prompt;
+            } else if rng.chance(0.6) {
+                // One from long ago, asked again.
+                let long: Vec<RequestId> =
+                    earlier.into_iter().filter(|id| world.requests[id].prompt.len() > 70).collect();
+                if !long.is_empty() {
+                    // No order of a map may decide.
+                    let mut long = long;
+                    long.sort_unstable();
+                    request.prompt = world.requests[rng.pick(&long)].prompt.clone();
+                }
             }
             world.submit(request).expect("a valid request");
         }
@@ -178,9 +234,19 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
                 world.cancel(id);
             }
         }
+        if rng.chance(0.1) {
+            meddle(&mut rng, &mut world, &mut files, sizes.n_slot, seen);
+        }
         world.step();
     }
     let (parked, evicted) = (world.engine.counters().n_parked, world.engine.cache_usage().n_evicted);
+    world.rest();
+    let shelf = world.engine.cache_usage().shelf.unwrap_or_default();
+    assert_eq!(shelf.bytes, folder.bytes() as u64, "what is reckoned is there");
+    *seen.entry("written to the shelf").or_default() += shelf.n_stored as usize;
+    *seen.entry("not written").or_default() += shelf.n_not_stored as usize;
+    *seen.entry("fetched from the shelf").or_default() += shelf.n_fetched as usize;
+    *seen.entry("removed from the shelf").or_default() += shelf.n_removed as usize;
     *seen.entry("parked").or_default() += parked as usize;
     *seen.entry("evicted").or_default() += evicted as usize;
     world.check();
@@ -218,7 +284,7 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
 #[test]
 fn every_request_gets_what_it_gets_alone() {
     let mut seen = BTreeMap::new();
-    (0..1200).for_each(|seed| simulate(seed, &mut seen));
-    assert_eq!(seen.len(), 15, "{seen:?}");
-    assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
+    (0..1600).for_each(|seed| simulate(seed, &mut seen));
+    assert_eq!(seen.len(), 22, "{seen:?}");
+    assert!(seen.values().all(|&n| n >= 20), "too rare to prove anything: {seen:?}");
 }

@@ -56,23 +56,26 @@ impl Pair {
         Pair { backend, model, target, drafter, kind, references }
     }
 
-    fn drafter(&self) -> Box<dyn Drafter> {
+    /// States for the target, and a drafter that may look at them.
+    fn drafter(&self) -> (Arc<dyn paceline_backend::States>, Box<dyn Drafter>) {
+        let target_states = self.backend.alloc_states(self.model.states(), StateConfig::default()).unwrap();
         let request = LoadDrafter {
             file: self.drafter.clone(),
             backend: &self.backend,
             target: &*self.model,
+            target_states: &target_states,
             states: StateConfig::default(),
             n_cell_max: 1 << 14,
             n_draft_max: None,
         };
-        (kind(self.kind).unwrap().load)(&request).unwrap()
+        let drafter = (kind(self.kind).unwrap().load)(&request).unwrap();
+        (target_states, drafter)
     }
 
     /// The target, recorded with the taps of a drafter.
-    fn target(&self, drafter: &dyn Drafter) -> Target {
+    fn target(&self, drafter: &dyn Drafter, states: Arc<dyn paceline_backend::States>) -> Target {
         let mut p = PlanBuilder::new(drafter.taps());
         let logits = self.model.record(&mut p);
-        let states = self.backend.alloc_states(self.model.states(), StateConfig::default()).unwrap();
         let exec = self.backend.compile(Arc::new(p.finish(Some(logits))), &states).unwrap();
         Target { exec, memory: Memory::new(states, 1 << 14), n_vocab: self.model.hparams().n_vocab }
     }
@@ -133,8 +136,8 @@ impl Forced {
 
 /// All references at once, each a sequence; a round of drafts is one call for all that still have one.
 fn teacher_forced(pair: &Pair, states: States) -> Forced {
-    let mut drafter = pair.drafter();
-    let Target { mut exec, mut memory, n_vocab } = pair.target(&*drafter);
+    let (cells, mut drafter) = pair.drafter();
+    let Target { mut exec, mut memory, n_vocab } = pair.target(&*drafter, cells);
     let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
     let mut out = StepOut::default();
     let mut seqs: Vec<_> = (pair.references.iter())
@@ -177,7 +180,8 @@ fn teacher_forced(pair: &Pair, states: States) -> Forced {
                 let round = r.rounds.get(i)?;
                 let anchor = r.tokens[round.start];
                 let n_max = round.draft.len();
-                Some(DraftRequest { seq: *seq, anchor, position: round.start, n_max, sampler })
+                let past = memory.past(*seq);
+                Some(DraftRequest { seq: *seq, anchor, position: round.start, n_max, past, sampler })
             })
             .collect();
         for (draft, (r, round)) in drafter.draft(&mut requests).into_iter().zip(asked) {
@@ -204,8 +208,8 @@ struct Answer {
 
 /// The references' prompts, greedy, by an engine of `n_slot` slots, with drafts or without.
 fn served(pair: &Pair, n_slot: usize, n_draft_max: usize) -> Vec<Answer> {
-    let drafter = pair.drafter();
-    let target = pair.target(&*drafter);
+    let (cells, drafter) = pair.drafter();
+    let target = pair.target(&*drafter, cells);
     let vocab = Arc::new(Vocab::from_metadata(pair.target.metadata()).unwrap());
     let config = EngineConfig {
         n_slot,

@@ -251,15 +251,37 @@ impl Memory {
     /// Appends what `seq`, which rests, holds to `out`: its length, pages and recurrent state, for an
     /// [`import`](Self::import) into a memory over the same declarations and settings.
     pub fn export(&self, seq: SeqId, out: &mut Vec<u8>) {
+        let mut part = 0;
+        while self.export_part(seq, part, out) {
+            part += 1;
+        }
+    }
+
+    /// Appends part `part` of what [`export`](Self::export) gives, a page at most, or says that there are no more: for those
+    /// who have no time for all of it at once. The parts of a sequence that rests stay as they are.
+    pub fn export_part(&self, seq: SeqId, part: usize, out: &mut Vec<u8>) -> bool {
         let sequence = self.find(seq);
         assert!(!sequence.is_awake, "export of {seq:?}, which is awake");
-        out.extend((sequence.len as u64).to_le_bytes());
-        for page in &sequence.pages {
-            framed(out, |out| self.states.page_export(*page, out));
+        match (part, sequence.recurrent) {
+            (0, _) => out.extend((sequence.len as u64).to_le_bytes()),
+            (n, _) if n <= sequence.pages.len() => {
+                framed(out, |out| self.states.page_export(sequence.pages[n - 1], out));
+            }
+            (n, Recurrent::Saved(saved)) if n == sequence.pages.len() + 1 => {
+                framed(out, |out| self.states.saved_export(saved, out));
+            }
+            _ => return false,
         }
-        if let Recurrent::Saved(saved) = sequence.recurrent {
-            framed(out, |out| self.states.saved_export(saved, out));
-        }
+        true
+    }
+
+    /// Bytes that an export of `seq` has.
+    pub fn export_bytes(&self, seq: SeqId) -> usize {
+        let sequence = self.find(seq);
+        let frame = size_of::<u64>();
+        let pages = sequence.pages.len() * (frame + self.states.page_bytes());
+        let recurrent = if self.has_slots { frame + self.states.saved_bytes() } else { 0 };
+        frame + pages + recurrent
     }
 
     /// A resting sequence of what an export gave. On error, which says what is wrong, nothing has changed.
@@ -512,6 +534,26 @@ impl Memory {
             _ => 0,
         };
         n_page * self.states.page_bytes() + recurrent
+    }
+
+    /// Bytes that freeing all of `seqs` would return.
+    pub fn bytes_among(&self, seqs: &[SeqId]) -> usize {
+        let (mut pages, mut saved) = (BTreeMap::new(), BTreeMap::new());
+        let mut n_slot = 0;
+        for sequence in seqs.iter().map(|seq| self.find(*seq)) {
+            sequence.pages.iter().for_each(|page| *pages.entry(page.0).or_insert(0) += 1);
+            match sequence.recurrent {
+                Recurrent::None => {}
+                Recurrent::Slot(_) => n_slot += 1,
+                Recurrent::Saved(id) => *saved.entry(id.0).or_insert(0) += 1,
+            }
+        }
+        let n_only = |of: &Counted, users: &BTreeMap<u32, u32>| {
+            users.iter().filter(|(id, n)| of.n_user[**id as usize] == **n).count()
+        };
+        n_only(&self.pages, &pages) * self.states.page_bytes()
+            + n_only(&self.saved, &saved) * self.states.saved_bytes()
+            + n_slot * self.states.slot_bytes()
     }
 
     /// Cells that could still be taken by new pages.

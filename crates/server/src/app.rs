@@ -177,7 +177,10 @@ impl Server {
         });
         let mut served = tokio::spawn(served.into_future());
         tokio::select! {
-            result = &mut served => return result.unwrap_or_else(|panic| Err(io::Error::other(panic))),
+            result = &mut served => {
+                self.app.runner.close().await;
+                return result.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+            }
             () = shutdown => {}
         }
         tracing::info!(grace = ?self.app.config.shutdown_grace, "shutting down");
@@ -190,6 +193,7 @@ impl Server {
                 served.abort();
             }
         }
+        self.app.runner.close().await;
         Ok(())
     }
 }

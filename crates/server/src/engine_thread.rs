@@ -16,7 +16,10 @@ use paceline_engine::{
     Counters, Engine, Event, Request, RequestId, SlotStatus, SpeculationNote, Stats, Step,
 };
 use serde_json::Value;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{
+    mpsc::{self, error::TryRecvError},
+    watch,
+};
 
 use crate::{
     error::ApiError,
@@ -83,6 +86,9 @@ pub(crate) struct EngineThread {
 /// After a restart that failed, requests are refused for this long before the next try.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
+/// Longest time for writing what is cached before the process ends.
+const PUT_AWAY_MAX: Duration = Duration::from_secs(30);
+
 impl EngineThread {
     pub fn new(
         engine: Engine,
@@ -107,17 +113,43 @@ impl EngineThread {
     /// Until the last handle is gone.
     pub fn run(mut self) {
         loop {
-            if self.flights.is_empty() {
+            if self.flights.is_empty() && !self.has_chores() {
                 match self.commands.blocking_recv() {
                     Some(command) => self.obey(command),
                     None => return,
                 }
             }
-            while let Ok(command) = self.commands.try_recv() {
-                self.obey(command);
+            loop {
+                match self.commands.try_recv() {
+                    Ok(command) => self.obey(command),
+                    Err(TryRecvError::Disconnected) if self.flights.is_empty() => return,
+                    Err(_) => break,
+                }
             }
             self.drop_hung_up();
             self.step();
+        }
+    }
+
+    /// True if snapshots are on their way to a file or from one.
+    fn has_chores(&self) -> bool {
+        self.engine.as_ref().is_some_and(Engine::has_chores)
+    }
+
+    /// Lets the cache write what it holds, for as long as that may take.
+    fn close(&mut self) {
+        self.drop_hung_up();
+        let begin = Instant::now();
+        let mut put_away = self.guard(|engine, _| engine.put_away());
+        while put_away.is_ok() && self.has_chores() {
+            if begin.elapsed() > PUT_AWAY_MAX {
+                tracing::warn!(
+                    "the prompt cache was not written to its end: that took more than {PUT_AWAY_MAX:?}"
+                );
+                return;
+            }
+            put_away = self.guard(|engine, events| _ = engine.step(events));
+            thread::sleep(Duration::from_micros(200));
         }
     }
 
@@ -138,7 +170,7 @@ impl EngineThread {
             Command::Slot(slot, action, reply) => {
                 let acted = self.guard(|engine, _| match action {
                     SlotAction::Save => engine.save(slot).map(SlotOutcome::Saved),
-                    SlotAction::Restore(bytes) => engine.restore(slot, &bytes).map(SlotOutcome::Restored),
+                    SlotAction::Restore(file) => engine.restore(slot, &file).map(SlotOutcome::Restored),
                     SlotAction::Erase => engine.erase(slot).map(SlotOutcome::Erased),
                 });
                 match acted {
@@ -162,6 +194,10 @@ impl EngineThread {
                 }
             }
             Command::Finish => self.finish_all(),
+            Command::Close(reply) => {
+                self.close();
+                let _ = reply.send(());
+            }
         }
     }
 
@@ -226,7 +262,7 @@ impl EngineThread {
     }
 
     fn step(&mut self) {
-        if self.flights.is_empty() || self.engine.is_none() {
+        if (self.flights.is_empty() && !self.has_chores()) || self.engine.is_none() {
             return;
         }
         let before = Instant::now();
@@ -240,7 +276,7 @@ impl EngineThread {
         self.events = events;
         match outcome {
             Ok(Step::Ran { .. }) => {}
-            // Work that the engine can't get at would otherwise burn a core.
+            // Work that the engine can't get at, or files that take their time, would otherwise burn a core.
             Ok(Step::Idle) if quiet => thread::sleep(Duration::from_millis(1)),
             Ok(Step::Idle) => {}
             Err(reason) => self.restart(reason),
@@ -386,9 +422,11 @@ impl EngineThread {
             status.cache = engine.cache_usage();
             add(&mut status.counters, engine.counters());
             status.n_waiting = engine.n_waiting();
+            let n_kept: Vec<usize> = (0..engine.config().n_slot).map(|slot| engine.n_kept(slot)).collect();
             let look = |status: SlotStatus| {
                 let flight = status.request.and_then(|id| self.flights.get(&id));
                 SlotLook {
+                    n_kept: n_kept[status.id],
                     n_cached: flight.map_or(0, |f| f.n_cached),
                     settings: flight.map(|f| f.settings.clone()),
                     status,

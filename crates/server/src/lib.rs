@@ -21,6 +21,7 @@ mod answer;
 mod app;
 mod auth;
 mod config;
+mod disk_cache;
 mod engine_thread;
 mod envelope;
 mod error;
@@ -40,4 +41,5 @@ mod timings;
 
 pub use app::Server;
 pub use config::{Reasoning, ServerConfig, ServerModel};
+pub use disk_cache::DiskCache;
 pub use runner::EngineFactory;

@@ -23,8 +23,8 @@ use std::{
 };
 
 use paceline_engine::{
-    CacheUsage, Counters, Engine, EngineConfig, Finish, Phase, Request, RequestError, RequestId, Restored,
-    Saved, SlotStatus, Stats, SubmitError, TokenOut,
+    CacheUsage, CheckedSnapshot, Counters, Engine, EngineConfig, Erased, Finish, Phase, Request,
+    RequestError, RequestId, Restored, Saved, SlotStatus, Stats, SubmitError, TokenOut,
 };
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -103,7 +103,7 @@ pub(crate) enum SlotAction {
     /// Asks for the contents of a file.
     Save,
     /// Takes up the contents of a file.
-    Restore(Vec<u8>),
+    Restore(CheckedSnapshot),
     Erase,
 }
 
@@ -111,8 +111,7 @@ pub(crate) enum SlotAction {
 pub(crate) enum SlotOutcome {
     Saved(Saved),
     Restored(Restored),
-    /// So many tokens.
-    Erased(usize),
+    Erased(Erased),
 }
 
 pub(crate) enum Command {
@@ -123,6 +122,8 @@ pub(crate) enum Command {
     Drain,
     /// End what runs.
     Finish,
+    /// Write what is to outlive the process, and answer.
+    Close(oneshot::Sender<()>),
 }
 
 /// Totals that the engine does not know, having no clock.
@@ -153,6 +154,8 @@ pub(crate) struct SlotLook {
     pub status: SlotStatus,
     /// Prompt tokens that a cache had.
     pub n_cached: usize,
+    /// Tokens of its last request that the next one may begin with; 0 while it is busy.
+    pub n_kept: usize,
     /// The settings of its request.
     pub settings: Option<Arc<Value>>,
 }
@@ -252,6 +255,14 @@ impl Runner {
     pub async fn drain(&self) {
         self.health.send_replace(Health::ShuttingDown);
         let _ = self.inbox.send(Command::Drain).await;
+    }
+
+    /// What is cached is put where it outlives the process. The last thing that is asked.
+    pub async fn close(&self) {
+        let (reply, answer) = oneshot::channel();
+        if self.inbox.send(Command::Close(reply)).await.is_ok() {
+            let _ = answer.await;
+        }
     }
 
     /// Running answers end with what they have.

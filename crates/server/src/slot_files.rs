@@ -18,6 +18,7 @@ use axum::{
     Json,
     extract::{Path as UrlPath, Query, State},
 };
+use paceline_engine::{CheckedSnapshot, SaveError};
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 
@@ -62,9 +63,14 @@ pub(crate) async fn slot_action(
         }
         "restore" => {
             let (name, path) = named(&app, body, &folder).await?;
-            let bytes = blocking(&name, move || fs::read(path)).await?;
-            let n_read = bytes.len();
-            let outcome = app.runner.slot(slot, SlotAction::Restore(bytes)).await;
+            // Here and not on the engine's thread: others go on meanwhile.
+            let read = blocking(&name, move || {
+                let bytes = fs::read(path)?;
+                Ok((bytes.len(), CheckedSnapshot::new(bytes)))
+            });
+            let (n_read, file) = read.await?;
+            let file = file.map_err(|error| ApiError::from(SaveError::Restore(error)).about(&name))?;
+            let outcome = app.runner.slot(slot, SlotAction::Restore(file)).await;
             let outcome = outcome.map_err(|error| error.about(&name))?;
             let SlotOutcome::Restored(restored) = outcome else {
                 return Err(ApiError::server("the engine did something else"));
@@ -83,7 +89,11 @@ pub(crate) async fn slot_action(
             Ok(Json(reply))
         }
         "erase" => match app.runner.slot(slot, SlotAction::Erase).await? {
-            SlotOutcome::Erased(n) => Ok(Json(json!({"id_slot": slot, "n_erased": n}))),
+            SlotOutcome::Erased(erased) => Ok(Json(json!({
+                "id_slot": slot,
+                "n_erased": erased.n_token,
+                "n_snapshots": erased.n_snapshot,
+            }))),
             _ => Err(ApiError::server("the engine did something else")),
         },
         other => Err(ApiError::field("action", "save, restore or erase", format!("`{other}`"))),

@@ -158,6 +158,9 @@ pub(crate) async fn slots(
         object.insert("n_ctx".into(), app.runner.config.n_ctx.into());
         object.insert("speculative".into(), app.runner.drafter.is_some().into());
         object.insert("is_processing".into(), (slot.phase != Phase::Idle).into());
+        if slot.request.is_none() {
+            object.insert("n_tokens_kept".into(), look.n_kept.into());
+        }
         if let Some(request) = slot.request {
             object.insert("id_task".into(), request.0.into());
             object.insert("n_prompt_tokens".into(), slot.n_prompt.into());
@@ -307,6 +310,32 @@ fn exposition(status: &EngineStatus, is_well: bool) -> String {
         ("bytes_max", gauge, "Bytes that they may hold.", cache.n_byte_max as f64),
     ] {
         metric(&format!("paceline:cache_{name}"), kind, help, value);
+    }
+    if let Some(disk) = &cache.shelf {
+        for (name, kind, help, value) in [
+            ("files", gauge, "Cached prompts of this pair of models on the disk.", disk.n_file as f64),
+            ("bytes", gauge, "Bytes of all files there, or on their way.", disk.bytes as f64),
+            ("bytes_max", gauge, "Bytes that they may have.", disk.n_byte_max as f64),
+            ("leaving", gauge, "Snapshots on their way to the disk.", disk.n_leaving as f64),
+            ("writes_total", counter, "Files written.", disk.n_stored as f64),
+            ("written_bytes_total", counter, "Bytes of them.", disk.n_byte_stored as f64),
+            (
+                "not_written_total",
+                counter,
+                "Snapshots dropped since the disk was slow, or full.",
+                disk.n_not_stored as f64,
+            ),
+            ("reads_total", counter, "Files read and taken up.", disk.n_fetched as f64),
+            (
+                "not_read_total",
+                counter,
+                "Files that were damaged, gone or of no use.",
+                disk.n_not_fetched as f64,
+            ),
+            ("evictions_total", counter, "Files removed for want of room.", disk.n_removed as f64),
+        ] {
+            metric(&format!("paceline:cache_disk_{name}"), kind, help, value);
+        }
     }
     metric("paceline:memory_bytes", gauge, "Bytes of sequence state in use.", status.memory_bytes as f64);
     metric("paceline:kv_pages", gauge, "KV pages in use.", status.n_page as f64);

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 mod rig;
 
 use paceline_spec::DraftRequest;
-use rig::{N_VOCAB, Rig, greedy};
+use rig::{N_VOCAB, Rig, greedy, no_past};
 
 /// Counts allocations.
 struct Watched;
@@ -41,7 +41,8 @@ fn a_walk_allocates_nothing() {
     let seq = rig.sequence(40, 75);
     let mut sampler = greedy(N_VOCAB);
     let mut count = |n_max: usize| {
-        let mut requests = [DraftRequest { seq, anchor: 29, position: 40, n_max, sampler: &mut sampler }];
+        let (sampler, past) = (&mut sampler, no_past());
+        let mut requests = [DraftRequest { seq, anchor: 29, position: 40, n_max, past, sampler }];
         let before = COUNT.load(Ordering::Relaxed);
         let drafts = rig.drafter.draft(&mut requests);
         let n_allocation = COUNT.load(Ordering::Relaxed) - before;

@@ -196,6 +196,8 @@ impl States for HashStates {
             out.extend(token.to_le_bytes());
             out.extend(position.to_le_bytes());
             out.extend(row.to_le_bytes());
+            // As many bytes as a cell is said to have.
+            out.extend([0; CELL_BYTES - 16]);
         }
     }
 
@@ -206,9 +208,10 @@ impl States for HashStates {
         }
         let cell = |bytes: &[u8; CELL_BYTES]| {
             let (token, rest) = bytes.split_first_chunk()?;
-            let (position, row) = rest.split_first_chunk()?;
+            let (position, rest) = rest.split_first_chunk()?;
+            let (row, _) = rest.split_first_chunk()?;
             let token = Token::from_le_bytes(*token);
-            let (position, row) = (u32::from_le_bytes(*position), u64::from_le_bytes(row.try_into().ok()?));
+            let (position, row) = (u32::from_le_bytes(*position), u64::from_le_bytes(*row));
             (token != Token::MAX).then_some(Cell { token, position, row })
         };
         let mut stores = self.stores();
@@ -220,14 +223,17 @@ impl States for HashStates {
     fn saved_export(&self, saved: SavedId, out: &mut Vec<u8>) {
         let stores = self.stores();
         let Some(of) = stores.saved.get(&saved) else { panic!("export of {saved:?} without storage") };
-        [of.state, of.tail[0], of.tail[1], of.tail[2]].iter().for_each(|x| out.extend(x.to_le_bytes()));
+        // As many bytes as a state is said to have, so tokens are short.
+        let tail = of.tail.map(|token| u16::try_from(token).expect("a small vocabulary"));
+        out.extend(of.state.to_le_bytes());
+        [tail[0], tail[1], tail[2], 0].iter().for_each(|x| out.extend(x.to_le_bytes()));
     }
 
     fn saved_import(&self, saved: SavedId, bytes: &[u8]) -> bool {
-        let (words, rest) = bytes.as_chunks::<8>();
-        let (&[state, a, b, c], []) = (words, rest) else { return false };
-        let [state, a, b, c] = [state, a, b, c].map(u64::from_le_bytes);
-        let old = self.stores().saved.insert(saved, Recurrent { state, tail: [a, b, c] });
+        let Some((state, tail)) = bytes.split_first_chunk() else { return false };
+        let (&[a, b, c, _], []) = tail.as_chunks::<2>() else { return false };
+        let tail = [a, b, c].map(|token| u64::from(u16::from_le_bytes(token)));
+        let old = self.stores().saved.insert(saved, Recurrent { state: u64::from_le_bytes(*state), tail });
         assert!(old.is_none(), "{saved:?} has storage already");
         true
     }
@@ -237,8 +243,8 @@ impl States for HashStates {
     }
 }
 
-/// Bytes of an exported cell: token, position, row.
-const CELL_BYTES: usize = 16;
+/// Bytes of an exported cell: token, position, row, and nothing.
+const CELL_BYTES: usize = 32;
 
 /// Forwards of the hash model.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ pub mod bpe;
 pub mod detokenizer;
 mod error;
 pub mod gemma;
+mod memo;
 mod merge;
 pub mod pretokenizer;
 pub mod reasoning;

@@ -6,6 +6,7 @@ use paceline_gguf::Metadata;
 
 use crate::bpe::ByteLevelBpe;
 use crate::gemma::GemmaBpe;
+use crate::memo::Memo;
 use crate::special::{Fragment, SpecialTokens};
 use crate::spm::Spm;
 use crate::{Error, Token, TokenTable, TokenizerModel, Vocab};
@@ -26,6 +27,8 @@ pub struct Tokenizer {
     vocab: Arc<Vocab>,
     special: SpecialTokens,
     algorithm: Algorithm,
+    /// Of fragments that open a text or follow a special token, and of others.
+    memos: [Memo; 2],
 }
 
 #[derive(Clone, Debug)]
@@ -49,7 +52,8 @@ impl Tokenizer {
             TokenizerModel::Gemma => Algorithm::Gemma(GemmaBpe::new(&vocab, table)?),
             TokenizerModel::Spm => Algorithm::Spm(Spm::new(&vocab, table)),
         };
-        Ok(Tokenizer { special: SpecialTokens::new(&vocab)?, vocab: Arc::new(vocab), algorithm })
+        let special = SpecialTokens::new(&vocab)?;
+        Ok(Tokenizer { special, vocab: Arc::new(vocab), algorithm, memos: Default::default() })
     }
 
     /// The vocabulary.
@@ -70,11 +74,14 @@ impl Tokenizer {
                 // Templates that write BOS themselves must not get a second one.
                 Fragment::Special(token) if i == 0 && tokens.first() == Some(&token) => {}
                 Fragment::Special(token) => tokens.push(token),
-                Fragment::Text(text) => match &self.algorithm {
-                    Algorithm::ByteLevelBpe(bpe) => bpe.encode(vocab, text, &mut tokens),
-                    Algorithm::Gemma(bpe) => bpe.encode(vocab, text, &mut tokens),
-                    Algorithm::Spm(spm) => spm.encode(vocab, text, opens, &mut tokens),
-                },
+                Fragment::Text(text) => {
+                    let memo = &self.memos[usize::from(opens)];
+                    memo.encode(text, &mut tokens, |tokens| match &self.algorithm {
+                        Algorithm::ByteLevelBpe(bpe) => bpe.encode(vocab, text, tokens),
+                        Algorithm::Gemma(bpe) => bpe.encode(vocab, text, tokens),
+                        Algorithm::Spm(spm) => spm.encode(vocab, text, opens, tokens),
+                    });
+                }
             }
             opens = matches!(fragment, Fragment::Special(_));
         }

@@ -11,6 +11,15 @@ fn unknown_flags_name_the_nearest() {
 }
 
 #[test]
+fn a_disk_needs_a_cache_in_front() {
+    let serve = ["serve", "--port", "0", "--cache-disk"];
+    paceline(&[&serve[..], &["x", "--cache-ram", "0"]].concat())
+        .fails_with(&["--cache-disk", "--cache-ram 0"]);
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    paceline(&[&serve[..], &[file]].concat()).fails_with(&["--cache-disk", file]);
+}
+
+#[test]
 fn what_would_change_answers_is_refused() {
     let check = |args: &[&str], parts: &[&str]| {
         let mut all = vec!["run", "-p", "x"];

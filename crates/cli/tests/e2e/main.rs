@@ -16,6 +16,7 @@ mod api;
 mod cache;
 mod clients;
 mod context;
+mod disk;
 mod sampling;
 mod slots;
 mod speculation;

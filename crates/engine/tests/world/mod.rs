@@ -1,6 +1,8 @@
 //! An engine over the hash model, its requests, and the check that every one of them got what it gets alone.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod shelf;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -12,8 +14,8 @@ use std::{
 
 use paceline_backend::{Exec, StateConfig, Step as Forward, StepOut, Tap};
 use paceline_engine::{
-    CacheConfig, Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, SpeculationNote,
-    Stats, Step, SubmitError, TokenOut,
+    CacheConfig, Engine, EngineConfig, Event, Finish, Request, RequestError, RequestId, Shelf,
+    SpeculationNote, Stats, Step, SubmitError, TokenOut,
 };
 use paceline_spec::{Draft, DraftRequest, Drafter, Kept, SeqId};
 use paceline_testkit::{
@@ -226,6 +228,11 @@ impl World {
         }
     }
 
+    /// With a shelf behind its cache.
+    pub fn with_shelf(self, shelf: Box<dyn Shelf>, n_byte_max: u64) -> World {
+        World { engine: self.engine.with_shelf(shelf, n_byte_max), ..self }
+    }
+
     pub fn submit(&mut self, request: Request) -> Result<(), SubmitError> {
         self.engine.submit(request.clone())?;
         self.told.insert(request.id, Told::default());
@@ -250,7 +257,11 @@ impl World {
             self.hear(event);
         }
         self.events = events;
-        assert!(step != Step::Idle || n_event > 0 || !self.engine.has_work(), "an idle step with work to do");
+        let waits = self.engine.has_chores();
+        assert!(
+            step != Step::Idle || n_event > 0 || waits || !self.engine.has_work(),
+            "an idle step with work to do"
+        );
         self.n_step += 1;
         assert!(self.n_step < 100_000, "the engine does not come to an end");
         step
@@ -261,6 +272,14 @@ impl World {
             self.step();
         }
         assert_eq!(self.step(), Step::Idle);
+        self.rest();
+    }
+
+    /// Until nothing is on its way to the shelf or from it.
+    pub fn rest(&mut self) {
+        while self.engine.has_chores() {
+            self.step();
+        }
     }
 
     fn hear(&mut self, event: Event) {
@@ -308,6 +327,7 @@ impl World {
 
     /// Every request got what it gets alone, and nothing is left, but for what is cached, which fits and can be dropped.
     pub fn check(&mut self) {
+        self.rest();
         for (&id, told) in &self.told {
             self.check_one(id, told);
         }
@@ -316,6 +336,9 @@ impl World {
         let cached = self.engine.cache_usage();
         assert_eq!(usage.n_resting, cached.n_snapshot, "what rests is a snapshot");
         assert!(cached.bytes <= self.sizes.cache.n_byte_max, "{cached:?}");
+        if let Some(shelf) = cached.shelf {
+            assert!(shelf.bytes <= shelf.n_byte_max && shelf.n_leaving == 0, "{shelf:?}");
+        }
         self.engine.clear_cache();
         let usage = self.engine.usage();
         assert_eq!((usage.n_resting, usage.n_page_resting, usage.bytes_resting), (0, 0, 0), "all is dropped");

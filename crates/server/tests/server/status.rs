@@ -40,7 +40,10 @@ fn slots_and_metrics_with_a_drafter() {
     });
     let slots = world.get("/slots").json();
     assert_eq!(slots.as_array().unwrap().len(), 2);
-    assert_eq!(slots[0], json!({"id": 0, "n_ctx": 256, "speculative": true, "is_processing": false}));
+    assert_eq!(
+        slots[0],
+        json!({"id": 0, "n_ctx": 256, "speculative": true, "is_processing": false, "n_tokens_kept": 0})
+    );
     let reply = world.ok("/completion", json!({"prompt": "abcdef", "n_predict": 31, "ignore_eos": true}));
     assert_eq!(world.metric("llamacpp:prompt_tokens_total"), reply["tokens_evaluated"].as_f64().unwrap());
     assert_eq!(world.metric("llamacpp:tokens_predicted_total"), 31.0);
