@@ -94,6 +94,9 @@ impl Reference {
     }
 }
 
+/// What is off in a file's metadata.
+type Change = Box<dyn FnOnce(&mut Metadata)>;
+
 /// The same file with other metadata.
 fn changed(file: &Gguf, change: impl FnOnce(&mut Metadata)) -> Arc<Gguf> {
     let mut metadata = file.metadata().clone();
@@ -324,7 +327,7 @@ fn a_dflash_drafter_with_something_one_off() {
     let window =
         |n: u32| move |metadata: &mut Metadata| metadata.insert("dflash.attention.sliding_window", n);
     let causal = |yes: bool| move |metadata: &mut Metadata| metadata.insert("dflash.attention.causal", yes);
-    let changes: [(&str, Box<dyn FnOnce(&mut Metadata)>); 6] = [
+    let changes: [(&str, Change); 6] = [
         ("taps one later", Box::new(taps(1))),
         ("taps one earlier", Box::new(taps(-1))),
         ("a window of 7", Box::new(window(7))),
