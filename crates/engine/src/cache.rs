@@ -4,7 +4,7 @@
 //! token boundary. All of them, of all slots and requests, hang in one [radix tree](crate::radix). A request takes the
 //! longest prefix that it can begin with *exactly*: its logits and its drafts are those of a cold start, so a snapshot
 //! serves only requests all of whose drafters have a part in it, and a recurrent state only prompts that go on where it was
-//! taken. Attention alone can begin anywhere inside a snapshot, if all drafters can. One that refuses a fork all the same
+//! taken. Attention alone can begin anywhere inside a snapshot, if all drafters can, and as long as no window has left pages behind. One that refuses a fork all the same
 //! has no say in the others' parts: such a prefix is not kept, or not offered.
 //!
 //! What only snapshots hold is bounded in bytes. Who goes first is decided as in GreedyDual-Size with frequencies
@@ -169,9 +169,16 @@ impl Cache {
         Cache { config, tree: Radix::new(), sunk: 0.0, usage }
     }
 
-    /// True if a snapshot serves every prefix of its tokens.
-    pub fn enters_anywhere(&self, stores: &Stores<'_>) -> bool {
-        stores.memory.forks_anywhere() && stores.drafters.iter().all(|drafter| drafter.forks_anywhere())
+    /// True if a snapshot of `len` tokens serves every prefix of them.
+    pub fn enters_anywhere(&self, stores: &Stores<'_>, len: usize) -> bool {
+        stores.memory.forks_anywhere(len) && stores.drafters.iter().all(|drafter| drafter.forks_anywhere(len))
+    }
+
+    /// Snapshots whose tokens begin with those of `point`, itself included, and that serve every prefix of theirs.
+    fn enterable(&self, point: NodeId, stores: &Stores<'_>) -> Vec<NodeId> {
+        let mut under = self.tree.under(point);
+        under.retain(|&id| self.enters_anywhere(stores, self.tree.depth(id)));
+        under
     }
 
     /// Tokens that `tokens` shares with anything cached.
@@ -200,7 +207,7 @@ impl Cache {
             let exact =
                 (self.tree.depth(point) == len && self.tree.get(point).is_some_and(is_fit)).then_some(point);
             let anywhere = || {
-                let under = if self.enters_anywhere(stores) { self.tree.under(point) } else { Vec::new() };
+                let under = self.enterable(point, stores);
                 let fit = |&id: &NodeId| self.tree.get(id).filter(|s| is_fit(s)).map(|s| (s.used_at, id));
                 under.iter().filter_map(fit).max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| id)
             };
@@ -246,11 +253,11 @@ impl Cache {
         if !self.config.is_on() || tokens.is_empty() {
             return;
         }
-        let anywhere = self.enters_anywhere(stores);
+        let anywhere = self.enters_anywhere(stores, tokens.len());
         let found = self.tree.find(tokens);
         if found.n_shared == tokens.len() {
             let same = self.tree.exact(tokens).into_iter();
-            let longer = if anywhere { self.tree.under(found.below) } else { Vec::new() };
+            let longer = self.enterable(found.below, stores);
             let as_good = |&id: &NodeId| self.tree.get(id).is_some_and(|s| s.members.covers(members));
             if let Some(id) = same.chain(longer).find(as_good) {
                 return self.touch(id);
@@ -359,11 +366,11 @@ impl Cache {
 
     /// The snapshot to go first. One that shares all it has returns nothing, so it goes only if all are like that.
     fn lightest(&self, stores: &Stores<'_>) -> Option<(f64, NodeId)> {
-        let anywhere = self.enters_anywhere(stores);
         let weigh = |node: NodeId| {
             let snapshot = self.tree.get(node)?;
             let nearest = || self.tree.above(node).next().map_or(0, |above| self.tree.depth(above));
-            let n_again = self.tree.depth(node) - if anywhere { self.tree.n_shared(node) } else { nearest() };
+            let (depth, n_shared) = (self.tree.depth(node), || self.tree.n_shared(node));
+            let n_again = depth - if self.enters_anywhere(stores, depth) { n_shared() } else { nearest() };
             let n_byte = stores.memory.bytes_alone(snapshot.seq);
             let worth = snapshot.n_use * n_again as f64 / n_byte.max(1) as f64;
             Some((n_byte == 0, snapshot.used_at + worth, node))

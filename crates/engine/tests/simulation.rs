@@ -1,4 +1,4 @@
-//! Seeded lives of an engine: arrivals, cancels, stops, tight memory, drafters good and bad. Every request gets the
+//! Seeded lives of an engine: arrivals, cancels, stops, tight memory, snapshots to and from files, drafters good and bad. Every request gets the
 //! tokens, the text and the reason that it gets alone, and nothing stays in use.
 
 mod world;
@@ -85,7 +85,7 @@ fn cache(rng: &mut Rng) -> CacheConfig {
 
 fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
     let (model, seed, n_max) = (model.clone(), rng.bits(), rng.range(1..16));
-    let forks = *rng.pick(&[Forks::Anywhere, Forks::Anywhere, Forks::Whole, Forks::Never]);
+    let forks = *rng.pick(&[Forks::Anywhere, Forks::Anywhere, Forks::Whole, Forks::Within(30), Forks::Never]);
     let drafter = match rng.range(0..8) {
         0 => return None,
         1 => oracle(model, n_max, Accept::All, seed),
@@ -161,6 +161,7 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         }
     }
     let mut arrivals = arrivals.into_iter().peekable();
+    let mut files: Vec<Vec<u8>> = Vec::new();
     while world.engine.has_work() || arrivals.peek().is_some() {
         while let Some((_, mut request)) = arrivals.next_if(|(step, _)| *step <= world.n_step) {
             // Another turn of a conversation, its answer so far included.
@@ -179,6 +180,18 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
             }
         }
         world.step();
+        if rng.chance(0.1) {
+            let slot = rng.range(0..sizes.n_slot);
+            match rng.range(0..4) {
+                0 => _ = world.engine.erase(slot),
+                1 | 2 => files.extend(world.engine.save(slot).map(|saved| saved.bytes)),
+                _ if !files.is_empty() => {
+                    let is_back = world.engine.restore(slot, rng.pick::<Vec<u8>>(&files)).is_ok();
+                    *seen.entry("a snapshot from a file").or_default() += usize::from(is_back);
+                }
+                _ => {}
+            }
+        }
     }
     let (parked, evicted) = (world.engine.counters().n_parked, world.engine.cache_usage().n_evicted);
     *seen.entry("parked").or_default() += parked as usize;
@@ -219,6 +232,6 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
 fn every_request_gets_what_it_gets_alone() {
     let mut seen = BTreeMap::new();
     (0..1200).for_each(|seed| simulate(seed, &mut seen));
-    assert_eq!(seen.len(), 15, "{seen:?}");
+    assert_eq!(seen.len(), 16, "{seen:?}");
     assert!(seen.values().all(|&n| n >= 40), "too rare to prove anything: {seen:?}");
 }

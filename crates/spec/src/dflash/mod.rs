@@ -21,7 +21,7 @@ mod dialect;
 use std::{collections::HashMap, sync::Arc};
 
 use paceline_backend::{
-    Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap, Vector,
+    Exec, Lane, Matrix, Plan, PlanBuilder, StateConfig, StateDecl, StateId, Step, StepOut, Tap, Vector,
 };
 use paceline_memory::{Memory, SeqId};
 use paceline_models::{
@@ -167,9 +167,10 @@ impl Dflash {
         let decls: Vec<_> = contract
             .layers
             .iter()
-            .map(|_| paceline_backend::StateDecl::Kv {
+            .map(|layer| StateDecl::Kv {
                 n_head: contract.hparams.n_head_kv,
                 head_dim: contract.hparams.head_dim,
+                window: layer.window,
             })
             .collect();
         let config = StateConfig { n_tentative_max: contract.n_block, ..request.states };
@@ -344,8 +345,8 @@ impl Drafter for Dflash {
         Ok(())
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.memory.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.memory.forks_anywhere(len)
     }
 
     fn forget(&mut self, seq: SeqId) {

@@ -191,6 +191,7 @@ impl Target {
             eps: 1e-6,
             n_rot: 32,
             rope_base: 1e6,
+            rope_scaling: Default::default(),
         };
         Target { backend, model: Box::new(Ends { hparams, shared }), file }
     }
