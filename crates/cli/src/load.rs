@@ -349,7 +349,7 @@ impl Sizes {
         info!("{n_slot} slots, each with a context of {n_ctx} tokens ({why})");
         if n_ctx > n_train {
             warn!(
-                "the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot)"
+                "the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot); --rope-scaling yarn --rope-scale N stretches what it knows"
             );
         }
         let n_cell = if flags.kv_unified { n_ctx } else { n_ctx * n_slot };
