@@ -248,7 +248,9 @@ impl Draft {
     fn sizes(&mut self, n_layer: usize, n_embd: usize, n_ff: usize, [n_head, n_head_kv, dim]: [usize; 3]) {
         self.size("block_count", n_layer);
         self.size("embedding_length", n_embd);
-        self.size("feed_forward_length", n_ff);
+        if n_ff > 0 {
+            self.size("feed_forward_length", n_ff);
+        }
         self.size("attention.head_count", n_head);
         self.size("attention.head_count_kv", n_head_kv);
         self.size("attention.key_length", dim);
