@@ -32,32 +32,36 @@ def layer_kinds(n_layer: int, interval: int) -> list[str]:
     return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(n_layer)]
 
 
-def qwen35(ids, n_layer, interval, hk, hv, tied, vocab):
+# Of a trained context of 32, so that 75 tokens lie beyond it: the first pair keeps its frequency, the next is blended.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def qwen35(ids, n_layer, interval, hk, hv, tied, vocab, **rope):
     return Qwen3_5ForCausalLM(Qwen3_5TextConfig(
         vocab_size=vocab, hidden_size=40, intermediate_size=68, num_hidden_layers=n_layer,
         layer_types=layer_kinds(n_layer, interval), num_attention_heads=6, num_key_value_heads=2, head_dim=12,
         linear_num_key_heads=hk, linear_num_value_heads=hv, linear_key_head_dim=10, linear_value_head_dim=10,
         linear_conv_kernel_dim=4, tie_word_embeddings=tied, max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5,
-                         "mrope_interleaved": True, "mrope_section": [1, 1, 1]},
+                         "mrope_interleaved": True, "mrope_section": [1, 1, 1]} | rope,
         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
 
 
-def qwen3(ids):
+def qwen3(ids, **rope):
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=121, hidden_size=56, intermediate_size=72, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, head_dim=20, tie_word_embeddings=False, max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6} | rope,
         bos_token_id=None, eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]))
 
 
-def llama(ids):
+def llama(ids, **rope):
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=127, hidden_size=42, intermediate_size=72, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=3, head_dim=12, tie_word_embeddings=True, max_position_embeddings=512, rms_norm_eps=1e-5,
         # With 6 frequencies and these bounds one is kept, one is blended and four are divided by the factor.
         rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                         "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 32} if not rope else {"rope_theta": 10000.0} | rope,
         bos_token_id=ids["<|begin_of_text|>"], eos_token_id=ids["<|eot_id|>"]))
 
 
@@ -115,6 +119,10 @@ TARGETS = {
     "qwen35-tied": ("qwen35", lambda ids: qwen35(ids, 5, 4, 3, 6, True, 119), 101),
     "qwen3": ("qwen2", qwen3, 102),
     "llama": ("llama-bpe", llama, 103),
+    # Beyond the trained context, in the ways that metadata describe; a stretch of attention that is not the paper's own.
+    "qwen3-yarn": ("qwen2", lambda ids: qwen3(ids, **YARN, beta_fast=8.0, beta_slow=0.5, attention_factor=1.3), 105),
+    "qwen35-yarn": ("qwen35", lambda ids: qwen35(ids, 4, 2, 2, 6, False, 131, **YARN), 106),
+    "llama-linear": ("llama-bpe", lambda ids: llama(ids, rope_type="linear", factor=4.0), 107),
     # With a prediction head, which transformers leaves out and `make_head` adds.
     "qwen35-mtp": ("qwen35", lambda ids: qwen35(ids, 4, 3, 2, 6, False, 131), 104),
     # Seeds with which no router comes near a tie, and rounding in f32 grows little on its way through delta rules.

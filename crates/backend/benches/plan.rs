@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use divan::{Bencher, counter::ItemsCount};
 use paceline_backend::{
-    AttentionOp, Backend, BlockMask, Exec, HeadMap, KvType, Lane, Matrix, PageId, Pairing, PlanBuilder,
-    RopeSpec, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut, Vector, WeightSource,
-    cpu::CpuBackend,
+    AttentionOp, Backend, BlockMask, Exec, HeadMap, KvType, Lane, Matrix, PageId, PageTable, Pairing,
+    PlanBuilder, RopeScaling, RopeSpec, SlotId, StateConfig, StateDecl, StateId, States, Step, StepOut,
+    Vector, WeightSource, cpu::CpuBackend,
 };
 use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
 use paceline_kernels::formats::quantize_rows;
@@ -47,7 +47,7 @@ impl Weights {
 struct Toy {
     exec: Box<dyn Exec>,
     states: Arc<dyn States>,
-    pages: Vec<PageId>,
+    tables: Vec<PageTable>,
     out: StepOut,
 }
 
@@ -62,7 +62,13 @@ const FF: usize = 768;
 fn hybrid(n_threads: usize) -> Toy {
     let w = Weights { backend: CpuBackend::new(n_threads).unwrap() };
     let channels = 3 * N_DELTA * DIM;
-    let rope = RopeSpec { n_rot: 32, base: 1e4, pairing: Pairing::HalfSplit, factors: None };
+    let rope = RopeSpec {
+        n_rot: 32,
+        base: 1e4,
+        pairing: Pairing::HalfSplit,
+        factors: None,
+        scaling: RopeScaling::None,
+    };
     let mut decls = Vec::new();
     let mut p = PlanBuilder::new(&[]);
     let mut x = p.embed(&w.q8(D, 4096), 1.0);
@@ -70,7 +76,7 @@ fn hybrid(n_threads: usize) -> Toy {
         let h = p.rms_norm(x, &w.vector(D), 1e-6);
         let state = StateId(decls.len() as u32);
         let h = if il % 4 == 3 {
-            decls.push(StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD });
+            decls.push(StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD, window: None });
             let [q, k, v] = p.matmuls(
                 h,
                 [&w.q8(D, N_HEAD * HEAD), &w.q8(D, N_HEAD_KV * HEAD), &w.q8(D, N_HEAD_KV * HEAD)],
@@ -128,15 +134,18 @@ fn toy(backend: &CpuBackend, plan: paceline_backend::Plan, decls: &[StateDecl]) 
     let config = StateConfig { page_len: 64, kv: KvType::F16.into(), n_tentative_max: 16 };
     let states = backend.alloc_states(decls, config).unwrap();
     let pages: Vec<PageId> = (0..16).map(PageId).collect();
-    pages.iter().for_each(|page| states.page_alloc(*page));
+    if decls.iter().any(|decl| matches!(decl, StateDecl::Kv { .. })) {
+        pages.iter().for_each(|page| states.page_alloc(*page, 0));
+    }
+    let tables = vec![PageTable::whole(pages)];
     states.slot_reset(SlotId(0));
-    Toy { exec: backend.compile(Arc::new(plan), &states).unwrap(), states, pages, out: StepOut::default() }
+    Toy { exec: backend.compile(Arc::new(plan), &states).unwrap(), states, tables, out: StepOut::default() }
 }
 
 impl Toy {
     fn step(&mut self, n: usize, n_past: usize, inputs: &[f32]) {
         let tokens: Vec<u32> = (0..n as u32).collect();
-        let lanes = [Lane { rows: 0..n, n_past, n_certain: 1, pages: &self.pages, slot: Some(SlotId(0)) }];
+        let lanes = [Lane { rows: 0..n, n_past, n_certain: 1, tables: &self.tables, slot: Some(SlotId(0)) }];
         let outputs: Vec<u32> = if n > 16 { vec![n as u32 - 1] } else { tokens.clone() };
         let lanes = if n > 16 { [Lane { n_certain: n, ..lanes[0].clone() }] } else { lanes };
         let step = Step { tokens: &tokens, inputs, positions: &tokens, lanes: &lanes, outputs: &outputs };

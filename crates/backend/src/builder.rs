@@ -548,7 +548,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     use super::*;
-    use crate::{BlockMask, Pairing, RouterScore};
+    use crate::{BlockMask, Pairing, RopeScaling, RouterScore};
 
     fn matrix(n_in: usize, n_out: usize) -> Matrix {
         Matrix { id: WeightId(0), n_in, n_out }
@@ -574,7 +574,13 @@ mod tests {
 
     #[test]
     fn mismatched_shapes_panic_with_both() {
-        let rope = RopeSpec { n_rot: 4, base: 1e4, pairing: Pairing::HalfSplit, factors: None };
+        let rope = RopeSpec {
+            n_rot: 4,
+            base: 1e4,
+            pairing: Pairing::HalfSplit,
+            factors: None,
+            scaling: RopeScaling::None,
+        };
         check(|p, [six, four, _]| _ = p.add(six, four), "add: 6 values of Batch rows against 4 of Batch");
         check(|p, [_, four, out]| _ = p.add(four, out), "add: 4 values of Batch rows against 4 of Output");
         check(|p, [six, four, _]| _ = p.silu_mul(six, four), "silu_mul: 6 values of Batch rows against 4");

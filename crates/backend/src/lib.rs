@@ -15,6 +15,7 @@
 //! row that is not [certain](Lane::n_certain), and a KV cell behind the committed length is never read.
 
 mod builder;
+mod classes;
 pub mod conformance;
 pub mod cpu;
 mod display;
@@ -27,9 +28,10 @@ mod work;
 pub use builder::{
     ExpertInput, Experts, LocalKernels, Matrix, PlanBuilder, ProductInput, Routes, Tap, Vector,
 };
+pub use classes::{PageClasses, first_cell};
 pub use op::{AttentionOp, BlockMask, BufRange, Factor, HeadMap, Op, RopeSpec, RouterScore, RouterSpec};
 pub use plan::{Buf, BufDecl, Plan, Rows, StateDecl, StateId, WeightId};
-pub use step::{Lane, LaneCells, PageId, RowSummary, SavedId, SlotId, Step, StepOut};
+pub use step::{Lane, LaneCells, PageId, PageTable, RowSummary, SavedId, SlotId, Step, StepOut};
 pub use work::{Macs, PlanWork};
 
 use std::{any::Any, sync::Arc};
@@ -37,7 +39,7 @@ use std::{any::Any, sync::Arc};
 use paceline_gguf::GgmlType;
 pub use paceline_kernels::{
     kv::{KvType, KvTypes},
-    rope::Pairing,
+    rope::{Pairing, RopeScaling, Yarn},
 };
 
 /// Counts the times that the same weights and settings came to give other bits on the same kernels. To be raised whenever a
@@ -155,15 +157,15 @@ pub trait States: Send + Sync {
     fn decls(&self) -> &[StateDecl];
     /// The storage settings.
     fn config(&self) -> StateConfig;
-    /// Bytes of one page over all KV states.
-    fn page_bytes(&self) -> usize;
+    /// Bytes of one page over the KV states of a [class](PageClasses).
+    fn page_bytes(&self, class: usize) -> usize;
     /// Bytes of one slot over all recurrent states, its tentative window included.
     fn slot_bytes(&self) -> usize;
-    /// Gives `page` storage. Contents are unspecified until written.
-    fn page_alloc(&self, page: PageId);
-    /// Returns the storage of `page` to the system.
+    /// Gives `page` storage for cells of a class. Contents are unspecified until written.
+    fn page_alloc(&self, page: PageId, class: usize);
+    /// Returns the storage of `page` to the system, or keeps a little of it for the next pages of its class.
     fn page_release(&self, page: PageId);
-    /// Copies all cells of page `from` into page `to`; both have storage.
+    /// Copies all cells of page `from` into page `to`; both have storage and are of one class.
     fn page_copy(&self, from: PageId, to: PageId);
     /// Makes `slot` the state of an empty sequence.
     fn slot_reset(&self, slot: SlotId);

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use paceline_kernels::rope::Pairing;
+use paceline_kernels::rope::{Pairing, RopeScaling};
 
 use crate::plan::{Buf, StateId, WeightId};
 
@@ -17,6 +17,8 @@ pub struct RopeSpec {
     pub pairing: Pairing,
     /// Divisors of the angles, `[n_rot / 2]`, as in `rope_freqs.weight`.
     pub factors: Option<WeightId>,
+    /// What is done to them for a longer context.
+    pub scaling: RopeScaling,
 }
 
 /// How a value head of a delta rule finds its key head; `r = n_head_v / n_head_k`.

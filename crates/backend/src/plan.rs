@@ -53,6 +53,8 @@ pub enum StateDecl {
         n_head: usize,
         /// Width of a key or value head.
         head_dim: usize,
+        /// How many cells, its own included, a row looks back at most; none if it sees all. Cells behind that may be gone.
+        window: Option<usize>,
     },
     /// The last `width - 1` inputs of a short convolution.
     ConvTail {
@@ -78,7 +80,7 @@ impl StateDecl {
     /// Values of K and V together in one KV cell, 0 for states that are not paged.
     pub fn cell_width(&self) -> usize {
         match self {
-            StateDecl::Kv { n_head, head_dim } => 2 * n_head * head_dim,
+            StateDecl::Kv { n_head, head_dim, .. } => 2 * n_head * head_dim,
             _ => 0,
         }
     }
@@ -86,7 +88,7 @@ impl StateDecl {
     /// Bytes of a KV cell, 0 for states that are not paged.
     pub fn cell_bytes(&self, types: KvTypes) -> usize {
         match self {
-            StateDecl::Kv { n_head, head_dim } => n_head * types.cell_bytes(*head_dim),
+            StateDecl::Kv { n_head, head_dim, .. } => n_head * types.cell_bytes(*head_dim),
             _ => 0,
         }
     }
@@ -198,6 +200,18 @@ impl Plan {
             _ => None,
         });
         reads.reduce(|a, b| Some(a?.max(b?))).flatten()
+    }
+
+    /// Panics unless every KV state of `decls` keeps the cells that this plan looks at.
+    pub(crate) fn check_windows(&self, decls: &[StateDecl]) {
+        for op in &self.ops {
+            if let Op::Attention(op) = op
+                && let StateDecl::Kv { window: Some(kept), .. } = decls[op.state.0 as usize]
+            {
+                let fits = op.window.is_some_and(|window| window <= kept);
+                assert!(fits, "{:?} keeps {kept} cells, and its reader looks back {:?}", op.state, op.window);
+            }
+        }
     }
 
     /// Columns of the arena that `buf` occupies.

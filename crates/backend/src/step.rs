@@ -6,7 +6,7 @@ use paceline_kernels::summary::{CHUNK, Summary, summarize};
 
 use crate::Token;
 
-/// A page of KV cells in [`States`](crate::States), shared by all KV layers of a model.
+/// A page of KV cells in [`States`](crate::States), shared by all KV layers of a [class](crate::PageClasses).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PageId(pub u32);
 
@@ -28,8 +28,40 @@ pub enum LaneCells {
     Past,
 }
 
-/// The rows of one sequence in a step. Row `i` of the lane sits in KV cell `n_past + i`, in page
-/// `pages[(n_past + i) / page_len]`.
+/// The pages of one sequence in one [class](crate::PageClasses): cell `c` lies in page `c / page_len`, counted from the
+/// sequence's beginning, and pages before `first` have been given back.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PageTable {
+    /// Pages that are no more.
+    pub first: usize,
+    /// Those that are.
+    pub pages: Vec<PageId>,
+}
+
+impl PageTable {
+    /// All pages of a sequence.
+    pub fn whole(pages: Vec<PageId>) -> PageTable {
+        PageTable { first: 0, pages }
+    }
+
+    /// The number behind the last page.
+    pub fn end(&self) -> usize {
+        self.first + self.pages.len()
+    }
+
+    /// Page `i`, counted from the sequence's beginning.
+    ///
+    /// # Panics
+    /// If it was given back, or is not there yet.
+    pub fn page(&self, i: usize) -> PageId {
+        match i.checked_sub(self.first).and_then(|at| self.pages.get(at)) {
+            Some(page) => *page,
+            None => panic!("page {i} of a sequence that has {}..{}", self.first, self.end()),
+        }
+    }
+}
+
+/// The rows of one sequence in a step. Row `i` of the lane sits in KV cell `n_past + i`.
 #[derive(Clone, Debug)]
 pub struct Lane<'a> {
     /// Rows of the step that belong to this sequence: contiguous, in order.
@@ -40,9 +72,9 @@ pub struct Lane<'a> {
     /// state advances over exactly these; the rest is kept in the tentative window for
     /// [`slot_commit`](crate::States::slot_commit).
     pub n_certain: usize,
-    /// Pages that cover `n_past + rows.len()` cells, or `n_past` for a plan that only looks at these
-    /// ([`LaneCells`]). Those that hold the lane's own rows are not shared.
-    pub pages: &'a [PageId],
+    /// A table for each class, with pages for all cells that the lane's rows look at, and for the rows themselves unless the
+    /// plan only looks at committed ones ([`LaneCells`]). Those that hold the lane's own rows are not shared.
+    pub tables: &'a [PageTable],
     /// The recurrent slot, where the model has recurrent layers.
     pub slot: Option<SlotId>,
 }
@@ -93,7 +125,9 @@ impl Step<'_> {
                 LaneCells::Own => lane.n_past + lane.rows.len(),
                 LaneCells::Past => lane.n_past,
             };
-            assert!(lane.pages.len() * page_len >= cells, "{} pages for {cells} cells", lane.pages.len());
+            for table in lane.tables {
+                assert!(table.end() * page_len >= cells, "{} pages for {cells} cells", table.end());
+            }
             next = lane.rows.end;
         }
         assert_eq!(next, n, "lanes cover {next} of {n} rows");

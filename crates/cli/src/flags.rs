@@ -15,6 +15,8 @@ use paceline_spec::DrafterKind;
 use paceline_text::{ChatTemplate, ReasoningFormat};
 use serde_json::{Map, Value};
 
+use crate::rope_flags::RopeFlags;
+
 /// Which files.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Model")]
@@ -74,6 +76,8 @@ pub struct ModelFlags {
     /// Same as --spec-type none: no drafter is loaded
     #[arg(long)]
     pub no_draft: bool,
+    #[command(flatten)]
+    pub rope: RopeFlags,
 }
 
 impl ModelFlags {

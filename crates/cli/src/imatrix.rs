@@ -68,7 +68,7 @@ pub fn run(args: ImatrixArgs) -> Result<()> {
         eprintln!("{words}");
     }
     let n_ctx = args.sizes.ctx_size.filter(|&n| n > 0).unwrap_or(N_CTX_DEFAULT) as usize;
-    let file = Source::target(&args.model)?.open()?;
+    let file = Arc::new(Source::target(&args.model)?.open()?);
     let cpu = CpuBackend::new(args.sizes.n_threads())?.on_progress(progress::packing());
     let named = Arc::new(Named { inner: Arc::new(cpu), names: Mutex::default() });
     let backend: Arc<dyn Backend> = named.clone();

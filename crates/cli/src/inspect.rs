@@ -1,18 +1,20 @@
 //! `paceline inspect`: what a file holds, and the memory that it will need.
 
-use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{collections::BTreeMap, fs, path::PathBuf, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result};
 use clap::Args;
 use paceline_backend::{Backend, KvType, StateConfig, StateDecl, cpu::CpuBackend};
+use paceline_convert::synth::{SynthOptions, outline as outline_of};
 use paceline_gguf::{GgmlType, Gguf, Metadata, Value as MetaValue};
-use paceline_models::ARCHS;
-use paceline_spec::{DRAFTERS, LoadDrafter};
+use paceline_models::{ARCHS, Weights};
+use paceline_spec::{DRAFTERS, LoadDrafter, Origin};
 use serde_json::{Value, json};
 
 use crate::{
-    flags::SizeFlags,
-    load::{MemoryNeed, Sizes, bytes, n_params, short},
+    flags::{ModelFlags, SizeFlags},
+    load::{Sizes, bytes, n_params, short},
+    need::{Demand, MemoryNeed},
     output::say,
 };
 
@@ -20,7 +22,14 @@ use crate::{
 #[derive(Args, Debug)]
 pub struct InspectArgs {
     /// The file, of a split model the first part
-    file: PathBuf,
+    #[arg(required_unless_present = "shape")]
+    file: Option<PathBuf>,
+    /// A published size in place of a file, as `paceline synth` takes them: what that model would need
+    #[arg(long, value_name = "SHAPE", conflicts_with = "file")]
+    shape: Option<String>,
+    /// The mix of tensor types of --shape
+    #[arg(long, value_name = "TYPE", requires = "shape", default_value = "q4_k_m")]
+    shape_type: String,
     /// For a drafter, its target: the pair is checked as it would be at load
     #[arg(long, value_name = "FILE")]
     target: Option<PathBuf>,
@@ -33,6 +42,9 @@ pub struct InspectArgs {
     /// For the plan, the drafter beside the target (-md)
     #[arg(long, alias = "md", value_name = "FILE", requires = "plan")]
     model_draft: Option<PathBuf>,
+    /// For the plan, who drafts, as for `paceline serve`: draft-mtp counts the target's own prediction head
+    #[arg(long, value_name = "KINDS", requires = "plan")]
+    spec_type: Option<String>,
     /// Shows long values in full
     #[arg(long)]
     full: bool,
@@ -58,7 +70,11 @@ const MAX_ELEMENTS: usize = 16;
 
 /// Runs it.
 pub fn run(args: InspectArgs) -> Result<ExitCode> {
-    let file = Arc::new(Gguf::open(&args.file)?);
+    let file = Arc::new(match (&args.file, &args.shape) {
+        (Some(path), _) => Gguf::open(path)?,
+        (None, Some(shape)) => outline(shape, &args.shape_type)?,
+        (None, None) => anyhow::bail!("expected a file, or a shape (--shape)"),
+    });
     if args.check_instruct {
         let reason = not_instruct(&file)?;
         say(format_args!("{}: {}", file.name(), reason.unwrap_or("tuned for instructions")))?;
@@ -72,7 +88,7 @@ pub fn run(args: InspectArgs) -> Result<ExitCode> {
         }?;
         return Ok(ExitCode::SUCCESS);
     }
-    let memory = memory(&file, args.sizes.ctx_size.filter(|&n| n > 0).map(u64::from));
+    let memory = memory(&file, args.sizes.ctx_size.filter(|&n| n > 0).map(u64::from), args.sizes.n_ubatch()?);
     let contract = contract(&file, args.target.as_ref())?;
     match args.json {
         true => {
@@ -81,6 +97,17 @@ pub fn run(args: InspectArgs) -> Result<ExitCode> {
         false => print(&args, &file, &memory, &contract),
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A file of the shape with no weights in it, only their sizes.
+fn outline(shape: &str, ty: &str) -> Result<Gguf> {
+    let name = format!("paceline-{}-{}.gguf", std::process::id(), shape.replace([':', '/'], "-"));
+    let path = std::env::temp_dir().join(name);
+    outline_of(&SynthOptions::new(shape, ty, &path))?;
+    let file = Gguf::open(&path);
+    // The mapping stays when the name is gone.
+    fs::remove_file(&path).with_context(|| format!("{}: can't be removed", path.display()))?;
+    Ok(file?)
 }
 
 /// Why a file seems to hold a base model; none if it seems tuned for instructions. A drafter trained for the one drafts
@@ -112,6 +139,8 @@ struct MemoryTable {
     weights: u64,
     /// Type and bytes of a whole context.
     kv: Vec<(&'static str, u64)>,
+    /// Of each class of layers how many cells it keeps (none is all) and the bytes of one in F16.
+    classes: Vec<(Option<u64>, u64)>,
     /// Recurrent state of a slot, without drafts.
     slot: u64,
     /// What each drafted token adds to a slot.
@@ -150,7 +179,7 @@ fn is_drafter(file: &Gguf) -> bool {
     arch(file).is_some_and(|arch| DRAFTERS.iter().any(|kind| kind.recognises(arch)))
 }
 
-fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
+fn memory(file: &Arc<Gguf>, ctx: Option<u64>, n_ubatch: usize) -> Memory {
     let name = arch(file).ok_or("the file names no architecture")?;
     let (states, n_ctx_train) = if is_drafter(file) {
         drafter_states(file, name)?
@@ -165,6 +194,7 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
     };
     let n_ctx = ctx.unwrap_or(n_ctx_train);
     let need = |kv: KvType, n| MemoryNeed::new(&states, kv.into(), n);
+    let demand = Demand { n_cell: n_ctx, n_slot: 1, n_row: n_ubatch as u64 };
     let fits = |kv: &KvType| states.iter().all(|state| state.check_kv((*kv).into()).is_ok());
     Ok(MemoryTable {
         n_ctx,
@@ -173,8 +203,9 @@ fn memory(file: &Arc<Gguf>, ctx: Option<u64>) -> Memory {
         kv: KvType::ALL
             .into_iter()
             .filter(fits)
-            .map(|kv| (kv.name(), need(kv, 0).cell_bytes.saturating_mul(n_ctx)))
+            .map(|kv| (kv.name(), need(kv, 0).context_bytes(demand)))
             .collect(),
+        classes: need(KvType::F16, 0).classes,
         slot: need(KvType::F16, 0).slot_bytes,
         per_draft: need(KvType::F16, 1).slot_bytes - need(KvType::F16, 0).slot_bytes,
     })
@@ -187,6 +218,8 @@ struct MemoryPlan {
     weights_draft: u64,
     target: MemoryNeed,
     drafter: Option<MemoryNeed>,
+    /// Of the target's own prediction head, if it drafts.
+    head: Option<MemoryNeed>,
 }
 
 impl MemoryPlan {
@@ -212,27 +245,45 @@ impl MemoryPlan {
             }
             None => None,
         };
-        let n_draft = if drafter.is_some() { sizes.n_draft_max } else { 0 };
+        let flags = ModelFlags { spec_type: args.spec_type.clone(), ..ModelFlags::default() };
+        let kinds = flags.drafter_kinds()?.unwrap_or_default();
+        let has_head = kinds.iter().any(|kind| matches!(kind.origin, Origin::Target));
+        let head = match has_head {
+            true => {
+                let name = arch(file).context("the file names no architecture")?;
+                let w = Weights::new(file.clone(), backend.clone(), name);
+                let head = model.prediction_head(&w)?.with_context(|| {
+                    format!("{}: --spec-type draft-mtp: the file has no prediction head", file.name())
+                })?;
+                Some(MemoryNeed::new(std::slice::from_ref(head.state()), sizes.kv_draft, 0))
+            }
+            false => None,
+        };
+        let n_draft = if drafter.is_some() || head.is_some() { sizes.n_draft_max } else { 0 };
         Ok(MemoryPlan {
             weights: weights(file),
             weights_draft: drafter_file.as_ref().map_or(0, |file| weights(file)),
             target: MemoryNeed::new(model.states(), sizes.kv, n_draft),
             drafter,
+            head,
             sizes,
         })
     }
 
     /// Bytes of full slots: cells, recurrent states, the drafter's cells.
     fn full(&self) -> [u64; 3] {
-        let Sizes { n_slot, n_cell, .. } = self.sizes;
-        let cells = |need: &MemoryNeed| need.cell_bytes.saturating_mul(n_cell as u64);
-        let drafter = self.drafter.as_ref().map_or(0, cells);
-        [cells(&self.target), self.slot_bytes().saturating_mul(n_slot as u64), drafter]
+        let cells = |need: &MemoryNeed| need.context_bytes(self.sizes.demand());
+        let drafters = self.drafters().map(cells).sum();
+        [cells(&self.target), self.slot_bytes().saturating_mul(self.sizes.n_slot as u64), drafters]
+    }
+
+    fn drafters(&self) -> impl Iterator<Item = &MemoryNeed> {
+        self.drafter.iter().chain(&self.head)
     }
 
     /// Bytes of recurrent states of a slot. A small model that drafts forks its own, which makes two.
     fn slot_bytes(&self) -> u64 {
-        self.target.slot_bytes + 2 * self.drafter.map_or(0, |need| need.slot_bytes)
+        self.target.slot_bytes + 2 * self.drafter.as_ref().map_or(0, |need| need.slot_bytes)
     }
 
     fn total(&self) -> u64 {
@@ -246,8 +297,7 @@ impl MemoryPlan {
     fn print(&self) -> Result<()> {
         let Sizes { n_slot, n_ctx, n_cell, cache, .. } = self.sizes;
         let [cells, slots, drafter] = self.full();
-        let none = MemoryNeed { cell_bytes: 0, slot_bytes: 0 };
-        let of_drafter = self.drafter.unwrap_or(none);
+        let drafters_cell: u64 = self.drafters().map(MemoryNeed::cell_bytes).sum();
         say(format_args!(
             "memory of {n_slot} slots, each with a context of {n_ctx} tokens, {n_cell} tokens in all"
         ))?;
@@ -255,13 +305,13 @@ impl MemoryPlan {
             say(format_args!("  {what:<17} {:>10}  {words}", bytes(most)))
         };
         line("weights", self.weights + self.weights_draft, "at once".to_string())?;
-        line("KV cells", cells, format!("as used, {} a token", bytes(self.target.cell_bytes)))?;
+        line("KV cells", cells, format!("as used, {}", per_token(&self.target)))?;
         line(
             "recurrent states",
             slots,
             format!("as used, {} a slot, its drafts included", bytes(self.slot_bytes())),
         )?;
-        line("drafter's cells", drafter, format!("as used, {} a token", bytes(of_drafter.cell_bytes)))?;
+        line("drafter's cells", drafter, format!("as used, {} a token", bytes(drafters_cell)))?;
         match cache.n_byte_max {
             usize::MAX => say(format_args!("  {:<17} {:>10}  --cache-ram -1", "prompt cache", "no limit"))?,
             n => line(
@@ -285,14 +335,23 @@ impl MemoryPlan {
             "n_cell": n_cell,
             "weights_bytes": self.weights + self.weights_draft,
             "kv_bytes": cells,
-            "kv_token_bytes": self.target.cell_bytes,
+            "kv_token_bytes": self.target.cell_bytes(),
+            "kv_far_token_bytes": self.target.far_cell_bytes(),
             "recurrent_bytes": slots,
             "recurrent_slot_bytes": self.slot_bytes(),
             "drafter_kv_bytes": drafter,
-            "drafter_kv_token_bytes": self.drafter.map_or(0, |need| need.cell_bytes),
+            "drafter_kv_token_bytes": self.drafters().map(MemoryNeed::cell_bytes).sum::<u64>(),
             "cache_bytes": (cache.n_byte_max != usize::MAX).then_some(cache.n_byte_max),
             "total_bytes": (cache.n_byte_max != usize::MAX).then(|| self.total()),
         })
+    }
+}
+
+/// `82 kB a token`, and what it comes to once windows are full.
+fn per_token(need: &MemoryNeed) -> String {
+    match need.far_cell_bytes() {
+        far if far == need.cell_bytes() => format!("{} a token", bytes(far)),
+        far => format!("{} a token, {} once windows are full", bytes(need.cell_bytes()), bytes(far)),
     }
 }
 
@@ -313,7 +372,13 @@ fn drafter_states(file: &Gguf, arch: &str) -> Result<(Vec<StateDecl>, u64), Stri
         Err(_) => count("embedding_length")? / count("attention.head_count")?.max(1),
     };
     let n_layer = count("block_count")?.min(4096);
-    Ok((vec![StateDecl::Kv { n_head, head_dim }; n_layer], count("context_length").unwrap_or(0) as u64))
+    let window = count("attention.sliding_window").ok().filter(|&n| n > 0);
+    let key = format!("{arch}.attention.sliding_window_pattern");
+    // A window without a pattern is every layer's.
+    let sliding = file.metadata().bool_array(&key).ok().flatten().unwrap_or_default();
+    let window = |il: usize| window.filter(|_| sliding.get(il).copied().unwrap_or(sliding.is_empty()));
+    let states = (0..n_layer).map(|il| StateDecl::Kv { n_head, head_dim, window: window(il) });
+    Ok((states.collect(), count("context_length").unwrap_or(0) as u64))
 }
 
 /// True of a drafter without keys and values of its own, between projections from and to the target's width.
@@ -519,6 +584,10 @@ fn print(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<Str
             for (name, n_bytes) in &table.kv {
                 say(format_args!("  KV cells, {name:<8} {:>10}", bytes(*n_bytes)))?;
             }
+            for (window, cell) in table.classes.iter().filter(|_| table.classes.len() > 1) {
+                let which = window.map_or("all cells".to_string(), |n| format!("the last {n}"));
+                say(format_args!("  layers that keep {which}: {} a token in f16", bytes(*cell)))?;
+            }
             say(format_args!(
                 "  recurrent state    {:>10} a slot, {} more for each drafted token",
                 bytes(table.slot),
@@ -546,6 +615,7 @@ fn to_json(args: &InspectArgs, file: &Gguf, memory: &Memory, contract: &Option<S
             "n_ctx_train": table.n_ctx_train,
             "weights_bytes": table.weights,
             "kv_bytes": table.kv.iter().map(|(name, n)| (name.to_string(), json!(n))).collect::<serde_json::Map<_, _>>(),
+            "kv_classes": table.classes.iter().map(|(window, cell)| json!({ "window": window, "cell_bytes_f16": cell })).collect::<Vec<_>>(),
             "slot_bytes": table.slot,
             "draft_row_bytes": table.per_draft,
         }),

@@ -66,7 +66,6 @@ const SHIFTED: Instead = Refuse(
 const WHOLE_CONTEXT: Instead = Warn("the drafter sees the whole context; the text is the same");
 const NO_POOLS: Instead = Warn("all threads work on every step; -t sets their number");
 const ROUTER: Instead = Refuse("serving several models from one port is not built yet");
-const ROPE: Instead = Refuse("other rotary scalings than the file's own are not built yet");
 
 const LATER: &[Later] = &[
     later("n-gpu-layers", Value, ON_CPU)
@@ -99,7 +98,11 @@ const LATER: &[Later] = &[
     later("no-mmap", Nothing, Warn("the file is always mapped")).env("LLAMA_ARG_NO_MMAP"),
     later("mlock", Nothing, Warn("memory is not locked yet")).env("LLAMA_ARG_MLOCK"),
     later("numa", Value, Warn("memory is placed as the system does it")).env("LLAMA_ARG_NUMA"),
-    later("swa-full", Nothing, Warn("no cell is dropped behind a window, so the full cache is kept anyway")),
+    later(
+        "swa-full",
+        Nothing,
+        Warn("cells behind a window are given back; snapshots are taken where others go on"),
+    ),
     later("cache-reuse", Value, SHIFTED).env("LLAMA_ARG_CACHE_REUSE").quiet(&["0"]),
     later("keep", Value, Warn("nothing is ever dropped from a full context")).quiet(&["0", "-1"]),
     later(
@@ -165,15 +168,6 @@ const LATER: &[Later] = &[
     later("json-schema", Value, Refuse("grammars are not built yet")),
     later("json-schema-file", Value, Refuse("grammars are not built yet")),
     later("override-kv", Value, Refuse("metadata can't be overridden yet")),
-    later("rope-scaling", Value, ROPE).env("LLAMA_ARG_ROPE_SCALING_TYPE").quiet(&["none"]),
-    later("rope-scale", Value, ROPE).env("LLAMA_ARG_ROPE_SCALE"),
-    later("rope-freq-base", Value, ROPE).env("LLAMA_ARG_ROPE_FREQ_BASE").quiet(&["0"]),
-    later("rope-freq-scale", Value, ROPE).env("LLAMA_ARG_ROPE_FREQ_SCALE"),
-    later("yarn-orig-ctx", Value, ROPE),
-    later("yarn-ext-factor", Value, ROPE),
-    later("yarn-attn-factor", Value, ROPE),
-    later("yarn-beta-slow", Value, ROPE),
-    later("yarn-beta-fast", Value, ROPE),
     later("mirostat", Value, Refuse("its state would make the text depend on the drafts")).quiet(&["0"]),
     later("logit-bias", Value, Refuse("give `logit_bias` with the request")),
     later("embedding", Nothing, Refuse("embeddings are not built yet"))

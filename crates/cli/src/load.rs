@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use paceline_backend::{
-    Backend, Exec, KvTypes, NUMERICS, Plan, PlanBuilder, StateConfig, StateDecl, States, Tap, cpu::CpuBackend,
+    Backend, Exec, KvTypes, NUMERICS, Plan, PlanBuilder, StateConfig, States, Tap, cpu::CpuBackend,
 };
 use paceline_engine::{CacheConfig, Engine, EngineConfig, Event, Request, RequestId, Step, Target, digest};
 use paceline_gguf::Gguf;
@@ -24,6 +24,7 @@ use tracing::{info, warn};
 
 use crate::{
     flags::{ModelFlags, SizeFlags, TemplateFlags},
+    need::{Demand, MemoryNeed},
     progress,
     sources::Source,
 };
@@ -107,9 +108,11 @@ impl Loaded {
         one_slot: bool,
     ) -> Result<Loaded> {
         let (target_source, drafter_source) = (Source::target(model)?, Source::drafter(model)?);
-        let target_file = target_source.open()?;
+        let mut target_file = target_source.open()?;
+        model.rope.apply(&mut target_file)?;
+        let target_file = Arc::new(target_file);
         check_kind(&target_file)?;
-        let drafter_file = drafter_source.map(|source| source.open()).transpose()?;
+        let drafter_file = drafter_source.map(|source| source.open().map(Arc::new)).transpose()?;
         let line = progress::words("loading the target");
         let backend = CpuBackend::new(sizes.n_threads())?.on_progress(progress::packing());
         let backend: Arc<dyn Backend> = Arc::new(backend);
@@ -312,9 +315,13 @@ impl Loaded {
             info!("the target's file has a prediction head that could draft: --spec-type draft-mtp");
         }
         info!(
-            "memory, taken as it is used: {} a token of context, up to {}; {} a slot for recurrent state",
-            bytes(memory.cell_bytes),
-            bytes(memory.cell_bytes * sizes.n_cell as u64),
+            "memory, taken as it is used: {} a token of context{}, up to {}; {} a slot for recurrent state",
+            bytes(memory.cell_bytes()),
+            match memory.far_cell_bytes() {
+                far if far == memory.cell_bytes() => String::new(),
+                far => format!(", {} once windows are full", bytes(far)),
+            },
+            bytes(memory.context_bytes(sizes.demand())),
             bytes(memory.slot_bytes),
         );
         if self.is_bundled {
@@ -340,6 +347,11 @@ impl Loaded {
 }
 
 impl Sizes {
+    /// What full slots ask of memory.
+    pub fn demand(&self) -> Demand {
+        Demand { n_cell: self.n_cell as u64, n_slot: self.n_slot as u64, n_row: self.n_ubatch as u64 }
+    }
+
     /// Sizes for `model`, and words on how they came about.
     pub fn new(flags: &SizeFlags, model: &dyn Model, one_slot: bool) -> Result<Sizes> {
         let (kv, kv_draft) = flags.kv_types();
@@ -352,14 +364,16 @@ impl Sizes {
             })?,
         };
         let n_train = model.hparams().n_ctx_train;
-        let cell_bytes = MemoryNeed::new(model.states(), kv, 0).cell_bytes;
+        let need = MemoryNeed::new(model.states(), kv, 0);
+        let n_ubatch = flags.n_ubatch()?;
         let n_ctx = match flags.ctx_size.filter(|&n| n > 0) {
             Some(total) if flags.kv_unified => total as usize,
             Some(total) => total as usize / n_slot,
             None => {
                 // Most of what the machine has free, as far as that can be known.
-                let n_fit = available_memory()
-                    .map_or(usize::MAX, |free| (free / 10 * 8 / cell_bytes.max(1)) as usize / n_slot);
+                let n_fit = available_memory().map_or(usize::MAX, |free| {
+                    need.n_ctx_within(free / 10 * 8, n_slot as u64, n_ubatch as u64) as usize
+                });
                 let n_ctx = n_train.min(n_fit.max(N_CTX_MIN));
                 if n_ctx < n_train {
                     warn!(
@@ -383,16 +397,18 @@ impl Sizes {
         info!("{n_slot} slots, each with a context of {n_ctx} tokens ({why})");
         if n_ctx > n_train {
             warn!(
-                "the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot)"
+                "the model was trained for a context of {n_train} tokens: beyond, answers get worse (-c asks for {n_ctx} a slot); --rope-scaling yarn --rope-scale N stretches what it knows"
             );
         }
         let n_cell = if flags.kv_unified { n_ctx } else { n_ctx * n_slot };
+        let demand = Demand { n_cell: n_cell as u64, n_slot: n_slot as u64, n_row: n_ubatch as u64 };
+        let n_byte = need.context_bytes(demand);
         if let Some(free) = available_memory()
-            && cell_bytes * n_cell as u64 > free
+            && n_byte > free
         {
             warn!(
                 "full slots would need {} of memory, {} are free: requests fail when it runs out; a smaller -c is safer",
-                bytes(cell_bytes * n_cell as u64),
+                bytes(n_byte),
                 bytes(free)
             );
         }
@@ -400,7 +416,7 @@ impl Sizes {
             n_slot,
             n_ctx,
             n_cell,
-            n_ubatch: flags.n_ubatch()?,
+            n_ubatch,
             n_draft_max: flags.spec_draft_n_max.unwrap_or(N_DRAFT_DEFAULT),
             n_draft_wanted: flags.spec_draft_n_max,
             drafts_always: flags.spec_draft_fixed,
@@ -412,24 +428,6 @@ impl Sizes {
                 .slot_prompt_similarity
                 .unwrap_or(EngineConfig::default().slot_similarity),
         })
-    }
-}
-
-/// What states take.
-#[derive(Clone, Copy, Debug)]
-pub struct MemoryNeed {
-    /// Bytes of a token of context, over all attention layers.
-    pub cell_bytes: u64,
-    /// Bytes of a slot's recurrent state, its tentative rows included.
-    pub slot_bytes: u64,
-}
-
-impl MemoryNeed {
-    /// Of a model with these states.
-    pub fn new(states: &[StateDecl], kv: KvTypes, n_tentative: usize) -> MemoryNeed {
-        let cell: usize = states.iter().map(|state| state.cell_bytes(kv)).sum();
-        let slot: usize = states.iter().map(|s| s.slot_width() + n_tentative * s.window_width()).sum();
-        MemoryNeed { cell_bytes: cell as u64, slot_bytes: (slot * size_of::<f32>()) as u64 }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where a model comes from: a path, the hub, or this binary.
 
-use std::{path::PathBuf, sync::Arc};
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use paceline_gguf::Gguf;
@@ -84,11 +84,11 @@ impl Source {
     }
 
     /// Opens the file, after fetching it if need be.
-    pub fn open(&self) -> Result<Arc<Gguf>> {
-        Ok(Arc::new(match self {
+    pub fn open(&self) -> Result<Gguf> {
+        Ok(match self {
             Source::Path(path) => Gguf::open(path)?,
             Source::Hub(model) => Gguf::open(hub::fetch(model)?)?,
             Source::Bundled(name, bytes) => Gguf::from_bytes(name, bytes.to_vec())?,
-        }))
+        })
     }
 }

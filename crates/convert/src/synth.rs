@@ -48,6 +48,11 @@ impl SynthOptions {
     }
 }
 
+/// Writes a file of the shape without weights: keys, tensors and their places, and a hole where the data would be.
+pub fn outline(options: &SynthOptions) -> Result<(), Error> {
+    writer(options).and_then(|(writer, _)| Ok(writer.write_outline(&options.out)?))
+}
+
 /// What may be asked for, for messages and help.
 pub fn known_shapes() -> String {
     let mut names: Vec<String> = SHAPES.iter().map(|shape| shape.name.to_string()).collect();
@@ -59,16 +64,7 @@ const DRAFTER_PREFIX: &str = "dflash:";
 
 /// Writes a model of the shape. `progress` is called before each tensor and once at the end.
 pub fn synthesize(options: &SynthOptions, mut progress: impl FnMut(Progress)) -> Result<Report, Error> {
-    let mix = types::find(&options.ty)?;
-    let mut draft = draft(&options.shape)?;
-    draft.metadata.insert("general.file_type", mix.file_type);
-    let shapes = draft.tensors.iter().map(|tensor| (tensor.name.as_str(), &tensor.shape[..]));
-    let types = types::assign(mix, &draft.metadata, shapes)?;
-
-    let mut writer = Writer::new(draft.metadata)?;
-    for (tensor, &ty) in draft.tensors.iter().zip(&types) {
-        writer.add_tensor(&tensor.name, &tensor.shape, ty)?;
-    }
+    let (writer, draft) = writer(options)?;
     let total_bytes = writer.tensors().iter().map(|spec| spec.n_bytes).sum();
     let mut noise = Noise::new(options.seed);
     let mut done_bytes = 0;
@@ -82,8 +78,8 @@ pub fn synthesize(options: &SynthOptions, mut progress: impl FnMut(Progress)) ->
     progress(Progress { tensor: "", done_bytes, total_bytes });
 
     let mut counts = BTreeMap::new();
-    for ty in types {
-        *counts.entry(ty).or_default() += 1;
+    for spec in writer.tensors() {
+        *counts.entry(spec.ty).or_default() += 1;
     }
     Ok(Report {
         arch: draft.arch,
@@ -93,6 +89,20 @@ pub fn synthesize(options: &SynthOptions, mut progress: impl FnMut(Progress)) ->
         skipped: Vec::new(),
         notes: Vec::new(),
     })
+}
+
+/// The file, and what goes into it.
+fn writer(options: &SynthOptions) -> Result<(Writer, Draft), Error> {
+    let mix = types::find(&options.ty)?;
+    let mut draft = draft(&options.shape)?;
+    draft.metadata.insert("general.file_type", mix.file_type);
+    let shapes = draft.tensors.iter().map(|tensor| (tensor.name.as_str(), &tensor.shape[..]));
+    let types = types::assign(mix, &draft.metadata, shapes)?;
+    let mut writer = Writer::new(draft.metadata.clone())?;
+    for (tensor, &ty) in draft.tensors.iter().zip(&types) {
+        writer.add_tensor(&tensor.name, &tensor.shape, ty)?;
+    }
+    Ok((writer, draft))
 }
 
 fn draft(name: &str) -> Result<Draft, Error> {

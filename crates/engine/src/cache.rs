@@ -4,7 +4,7 @@
 //! token boundary. All of them, of all slots and requests, hang in one [radix tree](crate::radix). A request takes the
 //! longest prefix that it can begin with *exactly*: its logits and its drafts are those of a cold start, so a snapshot
 //! serves only requests all of whose drafters have a part in it, and a recurrent state only prompts that go on where it was
-//! taken. Attention alone can begin anywhere inside a snapshot, if all drafters can. One that refuses a fork all the same
+//! taken. Attention alone can begin anywhere inside a snapshot, if all drafters can, and as long as no window has left pages behind. One that refuses a fork all the same
 //! has no say in the others' parts: such a prefix is not kept, or not offered.
 //!
 //! What only snapshots hold is bounded in bytes. Who goes first is decided as in GreedyDual-Size with frequencies
@@ -106,6 +106,11 @@ pub(crate) struct Stores<'a> {
 }
 
 impl Stores<'_> {
+    /// True if a snapshot of `len` tokens serves every prefix of them.
+    fn enter_anywhere(&self, len: usize) -> bool {
+        self.memory.forks_anywhere(len) && self.drafters.iter().all(|drafter| drafter.forks_anywhere(len))
+    }
+
     pub fn forget(&mut self, seq: SeqId) {
         self.memory.free(seq);
         self.drafters.iter_mut().for_each(|drafter| drafter.forget(seq));
@@ -171,12 +176,13 @@ pub(crate) struct Cache {
 }
 
 /// Where `tree` can be entered for the longest beginning of `tokens`, of at most `n_max`, best first: the node to begin with,
-/// and how many of its tokens. Values are asked whether they are `fit`, and how much so.
+/// and how many of its tokens. `anywhere` says whether one of so many tokens can be entered before its end; values are asked whether they
+/// are `fit`, and how much so.
 pub(crate) fn candidates<'a, T>(
     tree: &'a Radix<T>,
     tokens: &[Token],
     n_max: usize,
-    anywhere: bool,
+    anywhere: impl Fn(usize) -> bool + 'a,
     fit: impl Fn(&T) -> Option<f64> + 'a,
 ) -> impl Iterator<Item = (NodeId, usize)> + 'a {
     let found = tree.find(tokens);
@@ -188,8 +194,8 @@ pub(crate) fn candidates<'a, T>(
         if tree.depth(point) == len && is_fit(point).is_some() {
             return Some((point, len));
         }
-        let under = if anywhere { tree.under(point) } else { Vec::new() };
-        let fit = under.into_iter().filter_map(|id| is_fit(id).map(|how| (how, id)));
+        let under = tree.under(point).into_iter().filter(|&id| anywhere(tree.depth(id)));
+        let fit = under.filter_map(|id| is_fit(id).map(|how| (how, id)));
         fit.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, id)| (id, len))
     })
 }
@@ -205,9 +211,16 @@ impl Cache {
         self.archive = Some(archive);
     }
 
-    /// True if a snapshot serves every prefix of its tokens.
-    pub fn enters_anywhere(&self, stores: &Stores<'_>) -> bool {
-        stores.memory.forks_anywhere() && stores.drafters.iter().all(|drafter| drafter.forks_anywhere())
+    /// True if a snapshot of `len` tokens serves every prefix of them.
+    pub fn enters_anywhere(&self, stores: &Stores<'_>, len: usize) -> bool {
+        stores.enter_anywhere(len)
+    }
+
+    /// Snapshots whose tokens begin with those of `point`, itself included, and that serve every prefix of theirs.
+    fn enterable(&self, point: NodeId, stores: &Stores<'_>) -> Vec<NodeId> {
+        let mut under = self.tree.under(point);
+        under.retain(|&id| self.enters_anywhere(stores, self.tree.depth(id)));
+        under
     }
 
     /// Tokens that `tokens` shares with anything cached.
@@ -224,7 +237,9 @@ impl Cache {
         stores: &mut Stores<'_>,
     ) -> Option<Hit> {
         let fit = |s: &Snapshot| s.members.covers(wanted).then_some(s.used_at);
-        for (node, len) in candidates(&self.tree, tokens, n_max, self.enters_anywhere(stores), fit) {
+        let anywhere = |len| self.enters_anywhere(stores, len);
+        let points: Vec<(NodeId, usize)> = candidates(&self.tree, tokens, n_max, anywhere, fit).collect();
+        for (node, len) in points {
             if let Some(seq) = self.fork(node, len, wanted, stores) {
                 return Some(Hit { seq, len, node });
             }
@@ -235,7 +250,7 @@ impl Cache {
     /// How many of `tokens` a request that goes on from them would begin with.
     pub fn n_reach(&self, tokens: &[Token], wanted: Members, stores: &Stores<'_>) -> usize {
         let fit = |s: &Snapshot| s.members.covers(wanted).then_some(s.used_at);
-        let anywhere = self.enters_anywhere(stores);
+        let anywhere = |len| self.enters_anywhere(stores, len);
         let here =
             candidates(&self.tree, tokens, tokens.len(), anywhere, fit).next().map_or(0, |(_, len)| len);
         let archive = self.archive.as_ref();
@@ -277,11 +292,11 @@ impl Cache {
         if !self.config.is_on() || tokens.is_empty() {
             return;
         }
-        let anywhere = self.enters_anywhere(stores);
+        let anywhere = self.enters_anywhere(stores, tokens.len());
         let found = self.tree.find(tokens);
         if found.n_shared == tokens.len() {
             let same = self.tree.exact(tokens).into_iter();
-            let longer = if anywhere { self.tree.under(found.below) } else { Vec::new() };
+            let longer = self.enterable(found.below, stores);
             let as_good = |&id: &NodeId| self.tree.get(id).is_some_and(|s| s.members.covers(members));
             if let Some(id) = same.chain(longer).find(as_good) {
                 return self.touch(id);
@@ -409,7 +424,7 @@ impl Cache {
 
     /// Drops a snapshot, to the shelf if it is wanted there.
     fn put_away(&mut self, node: NodeId, stores: &mut Stores<'_>) {
-        let anywhere = self.enters_anywhere(stores);
+        let anywhere = self.enters_anywhere(stores, self.tree.depth(node));
         if let (Some(archive), Some(snapshot)) = (&mut self.archive, self.tree.get(node)) {
             let (seq, members) = (snapshot.seq, snapshot.members);
             let tokens = self.tree.tokens(node);
@@ -429,13 +444,12 @@ impl Cache {
 
     /// Writes a little of what leaves, and takes up what has come.
     pub fn tend(&mut self, stores: &mut Stores<'_>) {
-        let anywhere = self.enters_anywhere(stores);
         loop {
             let Some(archive) = &mut self.archive else { return };
             if let Some(seq) = archive.write_some(stores.memory) {
                 stores.memory.free(seq);
             }
-            let Some((id, file)) = archive.news(anywhere) else { return };
+            let Some((id, file)) = archive.news(|len| stores.enter_anywhere(len)) else { return };
             let taken = self.take_up(&file, stores);
             if let Some(archive) = &mut self.archive {
                 match taken {
@@ -462,7 +476,7 @@ impl Cache {
         stores: &Stores<'_>,
     ) -> Option<ShelfId> {
         let archive = self.archive.as_ref()?;
-        let (id, len) = archive.find(tokens, n_max, wanted, self.enters_anywhere(stores))?;
+        let (id, len) = archive.find(tokens, n_max, wanted, |len| self.enters_anywhere(stores, len))?;
         let is_worth = len >= n_have + N_TOKEN_MIN && archive.n_byte(id) <= self.config.n_byte_max as u64;
         is_worth.then_some(id)
     }
@@ -512,11 +526,11 @@ impl Cache {
 
     /// Of each snapshot whether it shares all it has, what it weighs, and where it is.
     fn weights(&self, stores: &Stores<'_>) -> Vec<(bool, f64, NodeId)> {
-        let anywhere = self.enters_anywhere(stores);
         let weigh = |node: NodeId| {
             let snapshot = self.tree.get(node)?;
             let nearest = || self.tree.above(node).next().map_or(0, |above| self.tree.depth(above));
-            let n_again = self.tree.depth(node) - if anywhere { self.tree.n_shared(node) } else { nearest() };
+            let (depth, n_shared) = (self.tree.depth(node), || self.tree.n_shared(node));
+            let n_again = depth - if self.enters_anywhere(stores, depth) { n_shared() } else { nearest() };
             let n_byte = stores.memory.bytes_alone(snapshot.seq);
             let worth = snapshot.n_use * n_again as f64 / n_byte.max(1) as f64;
             Some((n_byte == 0, snapshot.used_at + worth, node))

@@ -674,7 +674,7 @@ impl Engine {
             return active;
         }
         let n = active.tokens.len();
-        if self.cache.enters_anywhere(&stores(&mut self.target, &mut self.drafters)) {
+        if self.cache.enters_anywhere(&stores(&mut self.target, &mut self.drafters), n) {
             // One behind the prompt serves every prefix, and cuts nothing.
             active.cuts = vec![n];
             return active;

@@ -223,7 +223,7 @@ impl Archive {
         tokens: &[Token],
         n_max: usize,
         wanted: Members,
-        anywhere: bool,
+        anywhere: impl Fn(usize) -> bool,
     ) -> Option<(ShelfId, usize)> {
         let fit = |entry: &Entry| entry.members.covers(wanted).then_some(entry.used as f64);
         let (node, len) = candidates(&self.index, tokens, n_max, anywhere, fit).next()?;
@@ -345,7 +345,7 @@ impl Archive {
     }
 
     /// What was fetched since, oldest first.
-    pub fn news(&mut self, anywhere: bool) -> Option<(ShelfId, CheckedSnapshot)> {
+    pub fn news(&mut self, anywhere: impl Fn(usize) -> bool) -> Option<(ShelfId, CheckedSnapshot)> {
         while let Some(news) = self.shelf.news() {
             match news {
                 ShelfNews::Stored(id) => {
@@ -359,7 +359,9 @@ impl Archive {
                         continue;
                     }
                     self.enter(id, &tokens, n_byte, members);
-                    if anywhere && let Some(&node) = self.nodes.get(&id) {
+                    if anywhere(tokens.len())
+                        && let Some(&node) = self.nodes.get(&id)
+                    {
                         let covered = |&id: &NodeId| {
                             self.index.get(id).is_some_and(|entry| members.covers(entry.members))
                         };

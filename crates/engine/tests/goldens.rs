@@ -121,8 +121,8 @@ impl Drafter for Helped {
         can
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.inner.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.inner.forks_anywhere(len)
     }
 
     fn forget(&mut self, seq: SeqId) {

@@ -1,4 +1,4 @@
-//! Seeded lives of an engine: arrivals, cancels, stops, tight memory, drafters good and bad. Every request gets the
+//! Seeded lives of an engine: arrivals, cancels, stops, tight memory, snapshots to and from files, drafters good and bad. Every request gets the
 //! tokens, the text and the reason that it gets alone, and nothing stays in use.
 
 mod world;
@@ -87,7 +87,7 @@ fn cache(rng: &mut Rng) -> CacheConfig {
 
 fn drafter(rng: &mut Rng, model: &HashModel) -> Option<Scripted> {
     let (model, seed, n_max) = (model.clone(), rng.bits(), rng.range(1..16));
-    let forks = *rng.pick(&[Forks::Anywhere, Forks::Anywhere, Forks::Whole, Forks::Never]);
+    let forks = *rng.pick(&[Forks::Anywhere, Forks::Anywhere, Forks::Whole, Forks::Within(30), Forks::Never]);
     let drafter = match rng.range(0..8) {
         0 => return None,
         1 => oracle(model, n_max, Accept::All, seed),
@@ -173,7 +173,6 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         let n_byte_max = *rng.pick(&[5000, 20_000, 1 << 40]);
         world = world.with_shelf(folder.shelf(seed, n_fault), n_byte_max);
     }
-    let mut files: Vec<Vec<u8>> = Vec::new();
 
     let n_request = rng.range(1..13);
     let mut arrivals: Vec<(usize, Request)> = Vec::new();
@@ -207,6 +206,7 @@ fn simulate(seed: u64, seen: &mut BTreeMap<&'static str, usize>) {
         }
     }
     let mut arrivals = arrivals.into_iter().peekable();
+    let mut files: Vec<Vec<u8>> = Vec::new();
     while world.engine.has_work() || arrivals.peek().is_some() {
         while let Some((_, mut request)) = arrivals.next_if(|(step, _)| *step <= world.n_step) {
             // Another turn of a conversation, its answer so far included.

@@ -135,6 +135,11 @@ impl Gguf {
         &self.metadata
     }
 
+    /// The same, to be changed in memory: what the file itself says stays.
+    pub fn metadata_mut(&mut self) -> &mut Metadata {
+        &mut self.metadata
+    }
+
     /// All tensors in the order of the file.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors

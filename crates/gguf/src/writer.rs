@@ -96,6 +96,16 @@ impl Writer {
         Ok(())
     }
 
+    /// Writes everything but the data, and leaves a hole for it, which takes no space where the file system has holes: enough
+    /// for what reads names, shapes and sizes. Who reads the data gets zeros.
+    pub fn write_outline(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let failed = |action| move |source| Error::io(path, action, source);
+        let mut file = File::create(path).map_err(failed("create"))?;
+        file.write_all(&self.header()).map_err(failed("write"))?;
+        file.set_len(self.file_bytes()).map_err(failed("write"))
+    }
+
     /// Writes to memory; see [`write_file`](Self::write_file).
     pub fn to_vec<E: From<Error>>(
         &self,

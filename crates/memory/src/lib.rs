@@ -13,6 +13,17 @@
 //! more that are only tried, [`Memory::lane`] describes them to the backend, [`Memory::commit`] makes the first of them final. Nothing needs undoing: rows
 //! that are not committed lie behind `len`, where nobody looks.
 //!
+//! Layers that look back through a window have pages of a [class](PageClasses) of their own, which are given back once they lie
+//! wholly behind the window of the row that comes next:
+//!
+//! ```text
+//!  all     [p0][p1][p2][p3][p4]     a sequence of 9 cells in pages of 2
+//!  window          [q2][q3][q4]     of 4: the next row, in cell 9, looks at 6 .. 9
+//! ```
+//!
+//! What comes next is decided by commits alone: tentative rows move no window. A fork at an earlier place keeps the pages of *its*
+//! window by their count; a sequence that has gone on can't be entered there any more.
+//!
 //! Pages are counted: [`Memory::fork`] shares them, and a shared page is copied before a sequence writes into
 //! it. Storage is asked of the device when a page is first used and returned when the last sequence lets go,
 //! so a context size is a limit, not a reservation.
@@ -23,7 +34,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use paceline_backend::{Lane, PageId, SavedId, SlotId, StateDecl, States};
+use paceline_backend::{Lane, PageClasses, PageId, PageTable, SavedId, SlotId, States, first_cell};
 
 /// A sequence. Ids are never used twice, so a stale one is noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -48,15 +59,17 @@ pub struct NoRoom {
 pub struct Usage {
     /// Sequences awake.
     pub n_seq: usize,
-    /// Pages that they use.
+    /// Pages that they use, of the class that keeps the most.
     pub n_page: usize,
-    /// Pages that may be in use at once.
+    /// Of these, as many as may be in use at once.
     pub n_page_max: usize,
+    /// Pages of all classes, those of resting sequences too.
+    pub n_page_all: usize,
     /// Bytes behind pages and slots in use.
     pub bytes: usize,
     /// Sequences that rest.
     pub n_resting: usize,
-    /// Pages that only they have.
+    /// Pages of all classes that only they have.
     pub n_page_resting: usize,
     /// Bytes behind these pages and the saved states.
     pub bytes_resting: usize,
@@ -76,7 +89,8 @@ enum Recurrent {
 #[derive(Debug)]
 struct Sequence {
     len: usize,
-    pages: Vec<PageId>,
+    /// One for each class.
+    tables: Vec<PageTable>,
     recurrent: Recurrent,
     is_awake: bool,
     /// Rows prepared and not yet committed: how many, and how many of them are certain.
@@ -150,18 +164,32 @@ fn frame<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(frame)
 }
 
+/// A class of pages.
+#[derive(Debug)]
+struct Class {
+    /// Cells that it keeps; none is all.
+    window: Option<usize>,
+    page_bytes: usize,
+    /// Pages with a user.
+    n_used: usize,
+    /// Pages with a user that is awake.
+    n_awake: usize,
+}
+
 /// The memory of all sequences of one model.
 pub struct Memory {
     states: Arc<dyn States>,
     page_len: usize,
     n_page_max: usize,
-    has_pages: bool,
+    /// The widest first. What it has counts towards the limit: wherever another one has a page this has one too, and what
+    /// shares that shares this.
+    classes: Vec<Class>,
     has_slots: bool,
     pages: Counted,
+    /// Class of each page.
+    class_of: Vec<usize>,
     /// Users of each page that are awake.
     n_awake: Vec<u32>,
-    /// Pages that have one.
-    n_page_awake: usize,
     slots: Counted,
     saved: Counted,
     sequences: BTreeMap<SeqId, Sequence>,
@@ -173,17 +201,20 @@ impl Memory {
     /// pages.
     pub fn new(states: Arc<dyn States>, n_cell_max: usize) -> Memory {
         let page_len = states.config().page_len;
-        let has_pages = states.decls().iter().any(|d| matches!(d, StateDecl::Kv { .. }));
+        let windows = PageClasses::of(states.decls()).windows().to_vec();
+        let class =
+            |(class, window)| Class { window, page_bytes: states.page_bytes(class), n_used: 0, n_awake: 0 };
+        let classes = windows.into_iter().enumerate().map(class).collect();
         let has_slots = states.decls().iter().any(|d| d.slot_width() > 0);
         Memory {
             page_len,
             n_page_max: n_cell_max.div_ceil(page_len),
-            has_pages,
+            classes,
             has_slots,
             states,
             pages: Counted::default(),
+            class_of: Vec::new(),
             n_awake: Vec::new(),
-            n_page_awake: 0,
             slots: Counted::default(),
             saved: Counted::default(),
             sequences: BTreeMap::new(),
@@ -204,13 +235,25 @@ impl Memory {
             self.states.slot_reset(slot);
             recurrent = Recurrent::Slot(slot);
         }
-        self.insert(Sequence { len: 0, pages: Vec::new(), recurrent, is_awake: true, pending: None })
+        let tables = vec![PageTable::default(); self.classes.len()];
+        self.insert(Sequence { len: 0, tables, recurrent, is_awake: true, pending: None })
     }
 
-    /// True if a fork may begin with any part of a sequence: a recurrent state is that of all its tokens and of no other
-    /// number.
-    pub fn forks_anywhere(&self) -> bool {
-        !self.has_slots
+    /// True if a fork may begin with any part of a sequence of `len` cells: a recurrent state is that of all its tokens and of
+    /// no other number, and a window leaves pages behind.
+    pub fn forks_anywhere(&self, len: usize) -> bool {
+        !self.has_slots && self.classes.iter().all(|class| self.first_page(class, len) == 0)
+    }
+
+    /// The first page of a class that a sequence of `len` cells keeps.
+    fn first_page(&self, class: &Class, len: usize) -> usize {
+        first_cell(class.window, len) / self.page_len
+    }
+
+    /// True if `seq` keeps all that a sequence of `len` cells keeps.
+    fn keeps(&self, sequence: &Sequence, len: usize) -> bool {
+        let keeps = |(table, class): (&PageTable, &Class)| table.first <= self.first_page(class, len);
+        len == sequence.len || sequence.tables.iter().zip(&self.classes).all(keeps)
     }
 
     /// Starts a sequence with the committed past of `seq`: pages shared, recurrent state copied. It rests.
@@ -223,16 +266,20 @@ impl Memory {
     }
 
     /// Starts a sequence with the first `len` committed cells of `seq`. None where that can't be exact: `seq` has fewer,
-    /// or it has more and a recurrent state.
+    /// or it has more and a recurrent state, or a window that has left some of what is needed.
     pub fn fork_prefix(&mut self, seq: SeqId, len: usize) -> Option<SeqId> {
         let of = self.find(seq);
         assert!(of.pending.is_none(), "fork of {seq:?} inside a step");
-        if len > of.len || (len < of.len && self.has_slots) {
+        if len > of.len || (len < of.len && self.has_slots) || !self.keeps(of, len) {
             return None;
         }
-        let n_page = if self.has_pages { len.div_ceil(self.page_len) } else { 0 };
-        let (pages, recurrent) = (of.pages[..n_page].to_vec(), of.recurrent);
-        pages.iter().for_each(|page| self.pages.share(page.0));
+        let part = |(table, class): (&PageTable, &Class)| {
+            let (first, end) = (self.first_page(class, len), len.div_ceil(self.page_len));
+            PageTable { first, pages: table.pages[first - table.first..end - table.first].to_vec() }
+        };
+        let tables: Vec<PageTable> = of.tables.iter().zip(&self.classes).map(part).collect();
+        let recurrent = of.recurrent;
+        tables.iter().flat_map(|table| &table.pages).for_each(|page| self.pages.share(page.0));
         let recurrent = match recurrent {
             Recurrent::None => Recurrent::None,
             Recurrent::Slot(slot) => {
@@ -245,7 +292,7 @@ impl Memory {
                 Recurrent::Saved(saved)
             }
         };
-        Some(self.insert(Sequence { len, pages, recurrent, is_awake: false, pending: None }))
+        Some(self.insert(Sequence { len, tables, recurrent, is_awake: false, pending: None }))
     }
 
     /// Appends what `seq`, which rests, holds to `out`: its length, pages and recurrent state, for an
@@ -262,12 +309,15 @@ impl Memory {
     pub fn export_part(&self, seq: SeqId, part: usize, out: &mut Vec<u8>) -> bool {
         let sequence = self.find(seq);
         assert!(!sequence.is_awake, "export of {seq:?}, which is awake");
+        let pages = || sequence.tables.iter().flat_map(|table| &table.pages);
+        let n_page = pages().count();
         match (part, sequence.recurrent) {
             (0, _) => out.extend((sequence.len as u64).to_le_bytes()),
-            (n, _) if n <= sequence.pages.len() => {
-                framed(out, |out| self.states.page_export(sequence.pages[n - 1], out));
+            (n, _) if n <= n_page => {
+                let page = pages().nth(n - 1).expect("a page of those counted");
+                framed(out, |out| self.states.page_export(*page, out));
             }
-            (n, Recurrent::Saved(saved)) if n == sequence.pages.len() + 1 => {
+            (n, Recurrent::Saved(saved)) if n == n_page + 1 => {
                 framed(out, |out| self.states.saved_export(saved, out));
             }
             _ => return false,
@@ -279,7 +329,8 @@ impl Memory {
     pub fn export_bytes(&self, seq: SeqId) -> usize {
         let sequence = self.find(seq);
         let frame = size_of::<u64>();
-        let pages = sequence.pages.len() * (frame + self.states.page_bytes());
+        let bytes = |(table, class): (&PageTable, &Class)| table.pages.len() * (frame + class.page_bytes);
+        let pages: usize = sequence.tables.iter().zip(&self.classes).map(bytes).sum();
         let recurrent = if self.has_slots { frame + self.states.saved_bytes() } else { 0 };
         frame + pages + recurrent
     }
@@ -289,23 +340,22 @@ impl Memory {
         let (&len, mut rest) = bytes.split_first_chunk().ok_or("it has no length")?;
         let len = usize::try_from(u64::from_le_bytes(len)).map_err(|e| e.to_string())?;
         // Each page and state has a length of its own before it, so a false count runs out of bytes soon.
-        let n_page = self.n_page_of(len);
-        let mut pages = Vec::new();
+        let mut tables = vec![PageTable::default(); self.classes.len()];
         let mut outcome = Ok(());
-        while pages.len() < n_page && outcome.is_ok() {
-            let page = PageId(self.pages.take());
-            self.n_awake.resize(self.pages.n_user.len(), 0);
-            self.states.page_alloc(page);
-            pages.push(page);
-            outcome = match frame(&mut rest) {
-                Some(bytes) if self.states.page_import(page, bytes) => Ok(()),
-                Some(bytes) => Err(format!(
-                    "page {} has {} bytes, another number than here",
-                    pages.len() - 1,
-                    bytes.len()
-                )),
-                None => Err(format!("it has {} of {n_page} pages", pages.len() - 1)),
-            };
+        for (class, table) in tables.iter_mut().enumerate() {
+            table.first = self.first_page(&self.classes[class], len);
+            let end = len.div_ceil(self.page_len);
+            while table.end() < end && outcome.is_ok() {
+                let (page, at) = (self.take_resting_page(class), table.end());
+                table.pages.push(page);
+                outcome = match frame(&mut rest) {
+                    Some(bytes) if self.states.page_import(page, bytes) => Ok(()),
+                    Some(bytes) => {
+                        Err(format!("page {at} has {} bytes, another number than here", bytes.len()))
+                    }
+                    None => Err(format!("it has {at} of {end} pages")),
+                };
+            }
         }
         let mut recurrent = Recurrent::None;
         if self.has_slots && outcome.is_ok() {
@@ -318,7 +368,7 @@ impl Memory {
                 }
             }
         }
-        let seq = self.insert(Sequence { len, pages, recurrent, is_awake: false, pending: None });
+        let seq = self.insert(Sequence { len, tables, recurrent, is_awake: false, pending: None });
         if outcome.is_ok() && !rest.is_empty() {
             outcome = Err(format!("{} bytes follow its end", rest.len()));
         }
@@ -328,7 +378,7 @@ impl Memory {
     /// Forgets a sequence and returns what only it used.
     pub fn free(&mut self, seq: SeqId) {
         let Some(sequence) = self.sequences.remove(&seq) else { panic!("{seq:?} does not exist") };
-        for page in sequence.pages {
+        for page in sequence.tables.into_iter().flat_map(|table| table.pages) {
             self.let_go(page, sequence.is_awake);
         }
         match sequence.recurrent {
@@ -359,41 +409,43 @@ impl Memory {
         assert!(n_certain <= n_rows && n_rows > 0, "{n_certain} certain of {n_rows} rows");
         let sequence = self.find(seq);
         assert!(sequence.pending.is_none(), "{seq:?} is already inside a step");
-        let mut copied = 0..0;
-        let mut n_new = 0;
-        if self.has_pages {
-            let have = sequence.pages.len();
-            n_new = (sequence.len + n_rows).div_ceil(self.page_len).saturating_sub(have);
-            copied = (sequence.len / self.page_len).min(have)..have;
-            let needed = n_new + self.n_page_more(sequence, copied.clone());
-            self.expect_room(needed)?;
+        let first_written = sequence.len / self.page_len;
+        let end = (sequence.len + n_rows).div_ceil(self.page_len);
+        if let Some(table) = sequence.tables.first() {
+            let n_new = end.saturating_sub(table.end());
+            self.expect_room(n_new + self.n_page_more(sequence, first_written))?;
         }
         self.wake(seq);
-        for at in copied {
-            let page = self.find(seq).pages[at];
-            if self.pages.is_shared(page.0) {
-                let copy = self.take_page();
-                self.states.page_copy(page, copy);
-                self.let_go(page, true);
-                self.find_mut(seq).pages[at] = copy;
+        for class in 0..self.classes.len() {
+            let table = &self.find(seq).tables[class];
+            for at in first_written - table.first..table.pages.len() {
+                let page = self.find(seq).tables[class].pages[at];
+                if self.pages.is_shared(page.0) {
+                    let copy = self.take_page(class);
+                    self.states.page_copy(page, copy);
+                    self.let_go(page, true);
+                    self.find_mut(seq).tables[class].pages[at] = copy;
+                }
             }
         }
-        self.append_pages(seq, n_new);
+        self.append_pages(seq, end);
         self.find_mut(seq).pending = Some((n_rows, n_certain));
         Ok(())
     }
 
-    /// Pages that a step of `sequence` adds to those in use before it takes new ones: by waking, and by copying what it
-    /// shares of the pages `copied`.
-    fn n_page_more(&self, sequence: &Sequence, copied: std::ops::Range<usize>) -> usize {
+    /// Pages of the widest class that a step of `sequence` adds to those in use before it takes new ones: by waking, and by
+    /// copying what it shares of the pages from `first_written` on.
+    fn n_page_more(&self, sequence: &Sequence, first_written: usize) -> usize {
+        let Some(table) = sequence.tables.first() else { return 0 };
+        let first_written = first_written - table.first;
         let more = |(at, page): (usize, &PageId)| {
             let n_awake = self.n_awake[page.0 as usize] - u32::from(sequence.is_awake);
             // A page that is copied stays in use if others are awake; one that only rests elsewhere is swapped.
-            let is_copied = copied.contains(&at) && self.pages.is_shared(page.0);
+            let is_copied = at >= first_written && self.pages.is_shared(page.0);
             usize::from(if sequence.is_awake { is_copied && n_awake > 0 } else { is_copied || n_awake == 0 })
         };
-        let from = if sequence.is_awake { copied.start } else { 0 };
-        sequence.pages.iter().enumerate().skip(from).map(more).sum()
+        let from = if sequence.is_awake { first_written } else { 0 };
+        table.pages.iter().enumerate().skip(from).map(more).sum()
     }
 
     fn expect_room(&self, needed: usize) -> Result<(), NoRoom> {
@@ -411,10 +463,11 @@ impl Memory {
             return;
         }
         let mut recurrent = sequence.recurrent;
-        for page in sequence.pages.clone() {
+        let tables = sequence.tables.clone();
+        for page in tables.iter().flat_map(|table| &table.pages) {
             let n = &mut self.n_awake[page.0 as usize];
             *n += 1;
-            self.n_page_awake += usize::from(*n == 1);
+            self.classes[self.class_of[page.0 as usize]].n_awake += usize::from(*n == 1);
         }
         if let Recurrent::Saved(saved) = recurrent {
             let slot = SlotId(self.slots.take());
@@ -430,12 +483,12 @@ impl Memory {
     pub fn extend(&mut self, seq: SeqId, n_more: usize) -> usize {
         let sequence = self.find(seq);
         let Some((n_rows, n_certain)) = sequence.pending else { panic!("{seq:?} has no prepared rows") };
-        let (have, cells) = (sequence.pages.len(), sequence.len + n_rows);
+        let cells = sequence.len + n_rows;
         let mut n_more = n_more;
-        if self.has_pages {
-            let room = have.saturating_add(self.n_page_free()).saturating_mul(self.page_len);
+        if let Some(table) = sequence.tables.first() {
+            let room = table.end().saturating_add(self.n_page_free()).saturating_mul(self.page_len);
             n_more = n_more.min(room - cells);
-            self.append_pages(seq, (cells + n_more).div_ceil(self.page_len).saturating_sub(have));
+            self.append_pages(seq, (cells + n_more).div_ceil(self.page_len));
         }
         self.find_mut(seq).pending = Some((n_rows + n_more, n_certain));
         n_more
@@ -449,7 +502,7 @@ impl Memory {
             rows: first_row..first_row + n_rows,
             n_past: sequence.len,
             n_certain,
-            pages: &sequence.pages,
+            tables: &sequence.tables,
             slot: match sequence.recurrent {
                 Recurrent::Slot(slot) => Some(slot),
                 _ => None,
@@ -462,7 +515,7 @@ impl Memory {
     pub fn past(&self, seq: SeqId) -> Lane<'_> {
         let sequence = self.find(seq);
         assert!(sequence.pending.is_none(), "a look at {seq:?} inside a step");
-        Lane { rows: 0..1, n_past: sequence.len, n_certain: 1, pages: &sequence.pages, slot: None }
+        Lane { rows: 0..1, n_past: sequence.len, n_certain: 1, tables: &sequence.tables, slot: None }
     }
 
     /// Ends the step of `seq`: the first `n_rows` prepared rows are final, the others never happened.
@@ -484,64 +537,89 @@ impl Memory {
         self.trim(seq);
     }
 
-    /// Drops the cells from `len` on. Only for memories without recurrent state, which can't be wound back.
+    /// Drops the cells from `len` on. Only for memories without recurrent state, which can't be wound back, and only where no
+    /// window has left what a sequence of `len` cells looks at.
     pub fn truncate(&mut self, seq: SeqId, len: usize) {
         assert!(!self.has_slots, "a recurrent state can't be truncated");
-        let sequence = self.find_mut(seq);
+        let sequence = self.find(seq);
         assert!(sequence.pending.is_none(), "truncate of {seq:?} inside a step");
-        sequence.len = sequence.len.min(len);
+        let len = sequence.len.min(len);
+        assert!(self.keeps(sequence, len), "a window of {seq:?} has left what {len} cells look at");
+        self.find_mut(seq).len = len;
         self.trim(seq);
     }
 
-    /// Lets go of the pages behind the committed cells.
+    /// Lets go of the pages behind the committed cells, and of those that no later row looks at.
     fn trim(&mut self, seq: SeqId) {
-        let page_len = self.page_len;
-        let sequence = self.find_mut(seq);
-        let keep = sequence.len.div_ceil(page_len).min(sequence.pages.len());
-        let (surplus, is_awake) = (sequence.pages.split_off(keep), sequence.is_awake);
-        for page in surplus {
-            self.let_go(page, is_awake);
+        for class in 0..self.classes.len() {
+            let sequence = self.find(seq);
+            let (len, is_awake) = (sequence.len, sequence.is_awake);
+            let (first, end) = (self.first_page(&self.classes[class], len), len.div_ceil(self.page_len));
+            while self.find(seq).tables[class].end() > end.max(first)
+                && let Some(page) = self.find_mut(seq).tables[class].pages.pop()
+            {
+                self.let_go(page, is_awake);
+            }
+            let n_left = first - self.find(seq).tables[class].first;
+            for at in 0..n_left {
+                let page = self.find(seq).tables[class].pages[at];
+                self.let_go(page, is_awake);
+            }
+            let table = &mut self.find_mut(seq).tables[class];
+            table.pages.drain(..n_left);
+            table.first = first;
         }
     }
 
-    /// Pages of `n_cell` cells.
+    /// Pages of the widest class that a sequence of `n_cell` cells has.
     pub fn n_page_of(&self, n_cell: usize) -> usize {
-        if self.has_pages { n_cell.div_ceil(self.page_len) } else { 0 }
+        let Some(class) = self.classes.first() else { return 0 };
+        n_cell.div_ceil(self.page_len) - self.first_page(class, n_cell)
     }
 
-    /// Pages that `seq` has which are in use by nobody: what waking it would add, before it writes.
+    /// Pages of the widest class that `seq` has which are in use by nobody: what waking it would add, before it writes.
     pub fn n_page_asleep(&self, seq: SeqId) -> usize {
-        self.find(seq).pages.iter().filter(|page| self.n_awake[page.0 as usize] == 0).count()
+        let Some(table) = self.find(seq).tables.first() else { return 0 };
+        table.pages.iter().filter(|page| self.n_awake[page.0 as usize] == 0).count()
     }
 
-    /// Pages that `seq` has.
+    /// Pages of the widest class that `seq` has.
     pub fn n_page(&self, seq: SeqId) -> usize {
-        self.find(seq).pages.len()
+        self.find(seq).tables.first().map_or(0, |table| table.pages.len())
     }
 
-    /// Pages that sequences may still take.
+    /// Pages of the widest class that sequences may still take.
     pub fn n_page_free(&self) -> usize {
-        self.n_page_max.saturating_sub(self.n_page_awake)
+        self.n_page_max.saturating_sub(self.n_page_awake())
+    }
+
+    fn n_page_awake(&self) -> usize {
+        self.classes.first().map_or(0, |class| class.n_awake)
     }
 
     /// Bytes that freeing `seq` would return.
     pub fn bytes_alone(&self, seq: SeqId) -> usize {
         let sequence = self.find(seq);
-        let n_page = sequence.pages.iter().filter(|page| !self.pages.is_shared(page.0)).count();
+        let bytes = |(table, class): (&PageTable, &Class)| {
+            table.pages.iter().filter(|page| !self.pages.is_shared(page.0)).count() * class.page_bytes
+        };
+        let pages: usize = sequence.tables.iter().zip(&self.classes).map(bytes).sum();
         let recurrent = match sequence.recurrent {
             Recurrent::Slot(_) => self.states.slot_bytes(),
             Recurrent::Saved(saved) if !self.saved.is_shared(saved.0) => self.states.saved_bytes(),
             _ => 0,
         };
-        n_page * self.states.page_bytes() + recurrent
+        pages + recurrent
     }
 
     /// Bytes that freeing all of `seqs` would return.
     pub fn bytes_among(&self, seqs: &[SeqId]) -> usize {
-        let (mut pages, mut saved) = (BTreeMap::new(), BTreeMap::new());
+        let (mut pages, mut saved) = (vec![BTreeMap::new(); self.classes.len()], BTreeMap::new());
         let mut n_slot = 0;
         for sequence in seqs.iter().map(|seq| self.find(*seq)) {
-            sequence.pages.iter().for_each(|page| *pages.entry(page.0).or_insert(0) += 1);
+            for (table, pages) in sequence.tables.iter().zip(&mut pages) {
+                table.pages.iter().for_each(|page| *pages.entry(page.0).or_insert(0) += 1);
+            }
             match sequence.recurrent {
                 Recurrent::None => {}
                 Recurrent::Slot(_) => n_slot += 1,
@@ -551,7 +629,8 @@ impl Memory {
         let n_only = |of: &Counted, users: &BTreeMap<u32, u32>| {
             users.iter().filter(|(id, n)| of.n_user[**id as usize] == **n).count()
         };
-        n_only(&self.pages, &pages) * self.states.page_bytes()
+        let of_class = |(class, pages): (&Class, _)| n_only(&self.pages, pages) * class.page_bytes;
+        self.classes.iter().zip(&pages).map(of_class).sum::<usize>()
             + n_only(&self.saved, &saved) * self.states.saved_bytes()
             + n_slot * self.states.slot_bytes()
     }
@@ -563,22 +642,24 @@ impl Memory {
 
     /// Cells that sequences may have at once; no limit without pages.
     pub fn n_cell_max(&self) -> usize {
-        if self.has_pages { self.n_page_max.saturating_mul(self.page_len) } else { usize::MAX }
+        if self.classes.is_empty() { usize::MAX } else { self.n_page_max.saturating_mul(self.page_len) }
     }
 
     /// What is in use.
     pub fn usage(&self) -> Usage {
         let n_seq = self.sequences.values().filter(|s| s.is_awake).count();
-        let n_page_resting = self.pages.n_used() - self.n_page_awake;
-        let (page_bytes, slot_bytes) = (self.states.page_bytes(), self.states.slot_bytes());
+        let resting = |class: &Class| class.n_used - class.n_awake;
+        let awake_bytes: usize = self.classes.iter().map(|class| class.n_awake * class.page_bytes).sum();
+        let resting_bytes: usize = self.classes.iter().map(|class| resting(class) * class.page_bytes).sum();
         Usage {
             n_seq,
-            n_page: self.n_page_awake,
+            n_page: self.n_page_awake(),
             n_page_max: self.n_page_max,
-            bytes: self.n_page_awake * page_bytes + self.slots.n_used() * slot_bytes,
+            n_page_all: self.pages.n_used(),
+            bytes: awake_bytes + self.slots.n_used() * self.states.slot_bytes(),
             n_resting: self.sequences.len() - n_seq,
-            n_page_resting,
-            bytes_resting: n_page_resting * page_bytes + self.saved.n_used() * self.states.saved_bytes(),
+            n_page_resting: self.classes.iter().map(resting).sum(),
+            bytes_resting: resting_bytes + self.saved.n_used() * self.states.saved_bytes(),
         }
     }
 
@@ -589,10 +670,22 @@ impl Memory {
         let (mut slots, mut saved) = (zeros(&self.slots), zeros(&self.saved));
         for (id, sequence) in &self.sequences {
             let cells = sequence.len + sequence.pending.map_or(0, |(n, _)| n);
-            assert_eq!(sequence.pages.len(), self.n_page_of(cells), "pages of {id:?}");
-            for page in &sequence.pages {
-                pages[page.0 as usize] += 1;
-                n_awake[page.0 as usize] += u32::from(sequence.is_awake);
+            assert_eq!(sequence.tables.len(), self.classes.len(), "page tables of {id:?}");
+            for (at, (table, class)) in sequence.tables.iter().zip(&self.classes).enumerate() {
+                let first = self.first_page(class, sequence.len);
+                let end = cells.div_ceil(self.page_len);
+                let range = (table.first, table.end());
+                assert_eq!(
+                    range,
+                    (first, end.max(first)),
+                    "pages of {id:?}, of which {} cells are final",
+                    sequence.len
+                );
+                for page in &table.pages {
+                    assert_eq!(self.class_of[page.0 as usize], at, "class of {page:?} of {id:?}");
+                    pages[page.0 as usize] += 1;
+                    n_awake[page.0 as usize] += u32::from(sequence.is_awake);
+                }
             }
             match sequence.recurrent {
                 Recurrent::None => assert!(!self.has_slots, "{id:?} has no recurrent state"),
@@ -607,18 +700,22 @@ impl Memory {
             }
             if sequence.pending.is_some() {
                 assert!(sequence.is_awake, "{id:?} rests inside a step");
-                let written = sequence.pages.iter().skip(sequence.len / self.page_len);
-                assert!(
-                    written.into_iter().all(|page| !self.pages.is_shared(page.0)),
-                    "{id:?} writes a shared page"
-                );
+                for table in &sequence.tables {
+                    let mut written = table.pages.iter().skip(sequence.len / self.page_len - table.first);
+                    assert!(written.all(|page| !self.pages.is_shared(page.0)), "{id:?} writes a shared page");
+                }
             }
         }
         self.pages.check(&pages, "pages");
         self.slots.check(&slots, "slots");
         self.saved.check(&saved, "saved states");
         assert_eq!(n_awake, self.n_awake, "users of pages that are awake");
-        assert_eq!(n_awake.iter().filter(|&&n| n > 0).count(), self.n_page_awake, "pages in use");
+        for (at, class) in self.classes.iter().enumerate() {
+            let of_class = |n: &[u32]| (0..n.len()).filter(|&i| n[i] > 0 && self.class_of[i] == at).count();
+            assert_eq!(of_class(&n_awake), class.n_awake, "pages in use of class {at}");
+            assert_eq!(of_class(&pages), class.n_used, "pages of class {at}");
+            assert!(class.n_awake <= self.n_page_awake(), "class {at} has more pages than the widest one");
+        }
     }
 
     fn insert(&mut self, sequence: Sequence) -> SeqId {
@@ -642,30 +739,44 @@ impl Memory {
         }
     }
 
-    fn append_pages(&mut self, seq: SeqId, n: usize) {
-        for _ in 0..n {
-            let page = self.take_page();
-            self.find_mut(seq).pages.push(page);
+    /// Gives `seq` pages of each class up to number `end`.
+    fn append_pages(&mut self, seq: SeqId, end: usize) {
+        for class in 0..self.classes.len() {
+            while self.find(seq).tables[class].end() < end {
+                let page = self.take_page(class);
+                self.find_mut(seq).tables[class].pages.push(page);
+            }
         }
     }
 
     /// A page for a sequence that is awake.
-    fn take_page(&mut self) -> PageId {
+    fn take_page(&mut self, class: usize) -> PageId {
+        let page = self.take_resting_page(class);
+        self.n_awake[page.0 as usize] = 1;
+        self.classes[class].n_awake += 1;
+        page
+    }
+
+    /// A page for a sequence that rests.
+    fn take_resting_page(&mut self, class: usize) -> PageId {
         let page = self.pages.take();
         self.n_awake.resize(self.pages.n_user.len(), 0);
-        self.n_awake[page as usize] = 1;
-        self.n_page_awake += 1;
-        self.states.page_alloc(PageId(page));
+        self.class_of.resize(self.pages.n_user.len(), 0);
+        self.class_of[page as usize] = class;
+        self.classes[class].n_used += 1;
+        self.states.page_alloc(PageId(page), class);
         PageId(page)
     }
 
     fn let_go(&mut self, page: PageId, is_awake: bool) {
+        let at = page.0 as usize;
+        let class = &mut self.classes[self.class_of[at]];
         if is_awake {
-            let n = &mut self.n_awake[page.0 as usize];
-            *n -= 1;
-            self.n_page_awake -= usize::from(*n == 0);
+            self.n_awake[at] -= 1;
+            class.n_awake -= usize::from(self.n_awake[at] == 0);
         }
         if self.pages.let_go(page.0) {
+            class.n_used -= 1;
             self.states.page_release(page);
         }
     }

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use paceline_backend::{Exec, Lane, StateConfig, Step, StepOut};
+use paceline_backend::{Exec, Lane, StateConfig, States, Step, StepOut};
 use paceline_memory::{Memory, SeqId};
 use paceline_testkit::{HashExec, HashKind, HashModel, HashStates, Reading, Rng, Seeded, Token};
 
@@ -51,11 +51,21 @@ impl World {
     /// A fork with the first tokens, where such a fork can be made.
     fn fork_prefix(&mut self, at: usize, len: usize) {
         let (seq, tokens) = &self.truth[at];
-        let can = len == tokens.len() || (len < tokens.len() && self.model.kind == HashKind::Attention);
+        let can = len == tokens.len() || (len < tokens.len() && self.goes_back(tokens.len(), len));
         let tokens = tokens[..len.min(tokens.len())].to_vec();
         let fork = self.memory.fork_prefix(*seq, len);
         assert_eq!(fork.is_some(), can, "{len} of {} tokens, {:?}", tokens.len(), self.model.kind);
         self.truth.extend(fork.map(|fork| (fork, tokens)));
+    }
+
+    /// True if a sequence of `n` tokens still has what one of `len` looks at.
+    fn goes_back(&self, n: usize, len: usize) -> bool {
+        let page_len = self.states.config().page_len;
+        // A page is gone when all its cells are further back than a window reaches from the next cell.
+        let n_gone =
+            |n: usize, window: usize| (0..n).filter(|p| (p + 1) * page_len + window <= n + 1).count();
+        let mut windows = self.model.kind.windows().iter().flatten();
+        !self.model.kind.has_slots() && windows.all(|&window| n_gone(n, window) == n_gone(len, window))
     }
 
     /// Another sequence with the same past, by way of bytes; false imports leave nothing.
@@ -151,11 +161,7 @@ impl World {
     fn balanced(&self) {
         let traffic = self.states.traffic();
         let usage = self.memory.usage();
-        assert_eq!(
-            self.states.n_page(),
-            usage.n_page + usage.n_page_resting,
-            "pages with storage are those in use"
-        );
+        assert_eq!(self.states.n_page(), usage.n_page_all, "pages with storage are those in use");
         let bytes: usize = self.truth.iter().map(|&(seq, _)| self.memory.bytes_alone(seq)).sum();
         assert!(bytes <= usage.bytes + usage.bytes_resting, "what each has alone is part of all");
         assert_eq!(traffic.n_alloc - traffic.n_release, self.states.n_page());
@@ -189,10 +195,14 @@ fn live(seed: u64) {
             }
             2 if n_seq > 0 => world.free(rng.range(0..n_seq)),
             4 if (1..6).contains(&n_seq) && rng.chance(0.5) => world.reload(rng.range(0..n_seq), &mut rng),
-            3 if n_seq > 0 && kind == HashKind::Attention => {
+            3 if n_seq > 0 && !kind.has_slots() => {
                 let at = rng.range(0..n_seq);
+                let n = world.truth[at].1.len();
+                let len = rng.range(n.saturating_sub(40)..n + 3);
+                if len < n && !world.goes_back(n, len) {
+                    continue;
+                }
                 let (seq, known) = &mut world.truth[at];
-                let len = rng.range(0..known.len() + 3);
                 world.memory.truncate(*seq, len);
                 known.truncate(len);
             }
@@ -225,6 +235,7 @@ fn live(seed: u64) {
     let usage = world.memory.usage();
     assert_eq!((usage.n_seq, usage.n_page, usage.bytes), (0, 0, 0), "nothing stays in use");
     assert_eq!((usage.n_resting, usage.n_page_resting, usage.bytes_resting), (0, 0, 0), "and nothing rests");
+    assert_eq!(usage.n_page_all, 0);
     assert_eq!(world.states.n_saved(), 0);
 }
 
@@ -256,6 +267,41 @@ fn a_fork_shares_until_one_side_writes() {
     world.balanced();
 }
 
+/// A window's pages go as soon as no later row looks at them, and not before; who looks from further back keeps them.
+#[test]
+fn a_window_leaves_its_pages_behind() {
+    // Windows of 6 and of all cells, pages of 2.
+    let mut world = World::new(HashKind::Sliding, 2, 1000);
+    let seq = world.create();
+    world.append(0, &[1; 7]);
+    assert_eq!(world.states.n_page(), 4 + 3, "row 7 looks at 2 ..= 7");
+    assert!(!world.memory.forks_anywhere(7) && world.memory.forks_anywhere(6));
+    // Rows that come to nothing move no window.
+    world.step(&[(0, vec![2; 8], 0, 0)]);
+    assert_eq!(world.states.n_page(), 4 + 3);
+    let early = world.fork(0);
+    world.append(0, &[2; 193]);
+    assert_eq!(world.memory.len(seq), 200);
+    assert_eq!(
+        world.states.n_page(),
+        100 + 3 + 1 + 3,
+        "the whole, the window, a copied page, and the early window"
+    );
+    let bytes = world.states.page_bytes(0);
+    assert_eq!(world.memory.bytes_alone(early), (1 + 3) * bytes, "what only the early one has");
+    // The early one goes on as if nothing had been, the late one can't be entered there any more.
+    world.append(1, &[3; 20]);
+    world.fork_prefix(0, 7);
+    world.fork_prefix(0, 199);
+    world.balanced();
+    world.reload(0, &mut Rng::new(1));
+    world.append(world.truth.len() - 1, &[1; 5]);
+    let mut bytes = Vec::new();
+    let fork = world.memory.fork(seq);
+    world.memory.export(fork, &mut bytes);
+    assert!(bytes.len() < 104 * (8 + 2 * 16) + 100, "an export holds the window: {} bytes", bytes.len());
+}
+
 #[test]
 fn a_fork_at_a_page_boundary_copies_nothing() {
     let mut world = World::new(HashKind::Attention, 4, 100);
@@ -275,10 +321,10 @@ fn a_look_at_the_past_takes_nothing() {
     let before = world.memory.usage();
     let past = world.memory.past(seq);
     // Not even a page for its own row.
-    assert_eq!((past.n_past, past.rows, past.pages.len(), past.slot), (8, 0..1, 2, None));
+    assert_eq!((past.n_past, past.rows, past.tables[0].pages.len(), past.slot), (8, 0..1, 2, None));
     assert_eq!(world.memory.usage(), before);
     let fork = world.fork(0);
-    assert_eq!(world.memory.past(fork).pages, world.memory.past(seq).pages);
+    assert_eq!(world.memory.past(fork).tables, world.memory.past(seq).tables);
     assert!(world.memory.rests(fork), "nobody wakes for it");
     world.memory.check();
 }

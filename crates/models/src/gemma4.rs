@@ -11,7 +11,7 @@
 //! logits = cap · tanh(head(norm x) / cap)
 //! ```
 
-use paceline_backend::{Buf, Pairing, PlanBuilder, RopeSpec, StateDecl, StateId, Vector};
+use paceline_backend::{Buf, Pairing, PlanBuilder, RopeScaling, RopeSpec, StateDecl, StateId, Vector};
 
 use crate::{
     Arch, Error, Hparams, Model, SharedWeights, Weights,
@@ -133,7 +133,14 @@ fn attention_shapes(w: &Weights, hp: &Hparams) -> Result<Vec<AttentionShape>, Er
     let near = AttentionShape {
         head_dim,
         window,
-        rope: RopeSpec { n_rot, base, pairing: Pairing::HalfSplit, factors: None },
+        // A longer context does not reach through a window.
+        rope: RopeSpec {
+            n_rot,
+            base,
+            pairing: Pairing::HalfSplit,
+            factors: None,
+            scaling: RopeScaling::None,
+        },
         ..common
     };
     let shape =

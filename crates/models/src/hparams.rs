@@ -1,5 +1,7 @@
 //! Sizes that every architecture has, read from metadata and checked against each other.
 
+use paceline_backend::{RopeScaling, Yarn};
+
 use crate::{Error, Weights};
 
 /// Sizes of a model, named as in GGUF.
@@ -29,6 +31,8 @@ pub struct Hparams {
     pub n_rot: usize,
     /// Base of the rotary frequencies.
     pub rope_base: f32,
+    /// What is done to them for a context beyond the trained one.
+    pub rope_scaling: RopeScaling,
 }
 
 impl Hparams {
@@ -87,20 +91,13 @@ impl Hparams {
                 n_rot,
             ));
         }
-        let scaling = meta.str(&w.key("rope.scaling.type"))?.unwrap_or("none");
-        if scaling != "none" {
-            return Err(w.hparam(
-                &w.key("rope.scaling.type"),
-                "none (other scalings are not supported yet)",
-                scaling,
-            ));
-        }
+        let n_ctx_train = count("context_length")?;
         let hparams = Hparams {
             arch: w.prefix().to_string(),
             n_layer,
             n_embd,
             n_vocab,
-            n_ctx_train: count("context_length")?,
+            n_ctx_train,
             n_head,
             n_head_kv: n_head_kv.into_iter().max().unwrap_or(n_head),
             head_dim,
@@ -108,6 +105,7 @@ impl Hparams {
             eps: meta.require_f32(&w.key("attention.layer_norm_rms_epsilon"))?,
             n_rot,
             rope_base: meta.f32(&w.key("rope.freq_base"))?.unwrap_or(10_000.0),
+            rope_scaling: rope_scaling(w, n_ctx_train)?,
         };
         for (what, value) in
             [("attention.layer_norm_rms_epsilon", hparams.eps), ("rope.freq_base", hparams.rope_base)]
@@ -118,6 +116,47 @@ impl Hparams {
         }
         Ok(hparams)
     }
+}
+
+/// The keys `rope.scaling.*`: `linear` and `yarn` change frequencies; what Llama 3 does comes as a tensor.
+fn rope_scaling(w: &Weights, n_ctx_train: usize) -> Result<RopeScaling, Error> {
+    let meta = w.metadata();
+    let key = |suffix: &str| w.key(&format!("rope.scaling.{suffix}"));
+    let kind = meta.str(&key("type"))?.unwrap_or("none");
+    if kind == "none" {
+        return Ok(RopeScaling::None);
+    }
+    if !["linear", "yarn"].contains(&kind) {
+        return Err(w.hparam(&key("type"), "none, linear or yarn", kind));
+    }
+    let number = |suffix: &str, other: f32, least: f32| {
+        let value = meta.f32(&key(suffix))?.unwrap_or(other);
+        match value.is_finite() && value >= least {
+            true => Ok(value),
+            false => Err(w.hparam(&key(suffix), format!("a number from {least} on"), value)),
+        }
+    };
+    let factor = number("factor", 1.0, 1e-3)?;
+    if kind == "linear" {
+        return Ok(RopeScaling::Linear(factor));
+    }
+    if let Some(n) = meta.f32(&key("yarn_log_multiplier"))?.filter(|&n| n != 0.0) {
+        return Err(w.hparam(&key("yarn_log_multiplier"), "0 (others are not supported yet)", n));
+    }
+    let n_ctx_orig = meta.u32(&key("original_context_length"))?.unwrap_or(n_ctx_train as u32);
+    if n_ctx_orig == 0 {
+        return Err(w.hparam(&key("original_context_length"), "at least 1", 0));
+    }
+    let yarn = Yarn::new(factor, n_ctx_orig);
+    // Two keys multiply: one that a converter wrote, one that a user overrides.
+    let attn_factor = number("attn_factor", 1.0, 0.0)? * number("yarn_attn_factor", 1.0, 0.0)?;
+    Ok(RopeScaling::Yarn(Yarn {
+        ext_factor: number("yarn_ext_factor", yarn.ext_factor, 0.0)?,
+        beta_fast: number("yarn_beta_fast", yarn.beta_fast, 1e-3)?,
+        beta_slow: number("yarn_beta_slow", yarn.beta_slow, 1e-3)?,
+        attn_factor,
+        ..yarn
+    }))
 }
 
 /// A size of each layer, where the file gives one number for all or a list.

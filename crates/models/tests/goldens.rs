@@ -24,6 +24,10 @@ struct Rig {
 
 impl Rig {
     fn new(name: &str) -> Rig {
+        Rig::with_pages(name, 16)
+    }
+
+    fn with_pages(name: &str, page_len: usize) -> Rig {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join(format!("{name}.gguf"));
         convert(&ConvertOptions::new(goldens_dir().join(name), &out), |_| {}).unwrap();
@@ -35,7 +39,7 @@ impl Rig {
         let mut p = PlanBuilder::new(&taps);
         let logits = model.record(&mut p);
         let plan = Arc::new(p.finish(Some(logits)));
-        let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 16 };
+        let config = StateConfig { page_len, kv: KvType::F32.into(), n_tentative_max: 16 };
         let states = backend.alloc_states(model.states(), config).unwrap();
         let exec = backend.compile(plan, &states).unwrap();
         Rig { exec, memory: Memory::new(states, 4096), n_layer, out: StepOut::default() }
@@ -201,6 +205,55 @@ fn gemma4_windows_are_known() {
     let plan = p.finish(Some(logits));
     let windows: Vec<_> = (0..model.states().len() as u32).map(|i| plan.window(StateId(i))).collect();
     assert_eq!(windows, [Some(11), None, Some(11), Some(11), None, Some(11)]);
+}
+
+/// Behind fifty windows, whose pages are gone but for the last ones: the bits are those of a memory that has one page for all,
+/// which gives none back, in one pass and in chunks, with drafts, from a snapshot and from its bytes.
+#[test]
+fn gemma4_far_behind_its_windows() {
+    for name in ["gemma4", "gemma4-e"] {
+        let tokens: Vec<u32> = (0..560).map(|i| (i * i * 7 + i / 3) % 128).collect();
+        let mut roomy = Rig::with_pages(name, 4096);
+        let seq = roomy.memory.create();
+        let whole = roomy.step(seq, &tokens, tokens.len(), tokens.len());
+        let mut rig = Rig::with_pages(name, 4);
+        check_equalities(name, &mut rig, &tokens, &whole);
+
+        let seq = rig.memory.create();
+        let (head, tail) = tokens.split_at(301);
+        rig.step(seq, head, head.len(), head.len());
+        // Full pages, and those that cells 291 .. 301 lie in; gemma4 sees 11 cells, its own among them.
+        let n_page = |rig: &Rig| rig.memory.usage().n_page_all;
+        let before = n_page(&rig);
+        let snapshot = rig.memory.fork(seq);
+        let mut bytes = Vec::new();
+        rig.memory.export(snapshot, &mut bytes);
+        let rest = rig.step(seq, tail, tail.len(), tail.len());
+        let n_vocab = whole.logits.len() / tokens.len();
+        assert_eq!(rest.logits, whole.logits[301 * n_vocab..], "{name}: on from 301");
+        let fork = rig.memory.fork(snapshot);
+        let again = rig.step(fork, tail, tail.len(), tail.len());
+        assert_eq!(again.logits, rest.logits, "{name}: from a snapshot of 301");
+        let back = rig.memory.import(&bytes).unwrap();
+        assert_eq!(
+            rig.step(back, tail, 1, tail.len()).logits,
+            rest.logits,
+            "{name}: from the snapshot's bytes"
+        );
+        assert_eq!(rig.memory.fork_prefix(seq, 301), None, "{name}: its window has gone on");
+        for seq in [seq, snapshot, fork, back] {
+            rig.memory.free(seq);
+        }
+        assert_eq!(n_page(&rig), before - (76 + 4), "{name}: what the sequences before left");
+    }
+}
+
+/// Beyond the trained context.
+#[test]
+fn scaled_positions() {
+    check("qwen3-yarn", 5e-4);
+    check("qwen35-yarn", 5e-4);
+    check("llama-linear", 2e-3);
 }
 
 #[test]

@@ -121,7 +121,7 @@ impl Source {
             })
         };
         let last = reads().rfind(|op| op.window.is_some() == slides)?;
-        let StateDecl::Kv { n_head, head_dim } = states[last.state.0 as usize] else { return None };
+        let StateDecl::Kv { n_head, head_dim, .. } = states[last.state.0 as usize] else { return None };
         let keys = target.ops.iter().find_map(|op| match op {
             Op::KvAppend { state, k, .. } if *state == last.state => Some(*k),
             _ => None,
@@ -602,7 +602,7 @@ impl Drafter for Assistant {
         true
     }
 
-    fn forks_anywhere(&self) -> bool {
+    fn forks_anywhere(&self, _len: usize) -> bool {
         false
     }
 

@@ -70,9 +70,9 @@ pub trait Drafter: Send {
     /// cached prefix of this length is then not offered. May be asked between [`draft`](Self::draft) and
     /// [`commit`](Self::commit).
     fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool;
-    /// True if a fork may have any `len`. If not, it must have all committed tokens, and prompts are cut where others will go
-    /// on, as for a target with a recurrent state.
-    fn forks_anywhere(&self) -> bool {
+    /// True if a fork of a sequence of `len` committed tokens may have any number of them. If not, it must have all, and prompts
+    /// of that length are cut where others will go on, as for a target with a recurrent state. True for `len` is true for less.
+    fn forks_anywhere(&self, _len: usize) -> bool {
         true
     }
     /// What is remembered of `seq`, a fork that was given no rows since, as bytes for [`import`](Self::import). None if

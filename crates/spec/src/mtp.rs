@@ -277,7 +277,7 @@ impl Drafter for Mtp {
         true
     }
 
-    fn forks_anywhere(&self) -> bool {
+    fn forks_anywhere(&self, _len: usize) -> bool {
         false
     }
 

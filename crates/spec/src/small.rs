@@ -272,6 +272,7 @@ impl Drafter for Small {
     }
 
     /// Our memory may have the anchor too, or not all tokens yet: the fork has what it can of the first `len` and catches up.
+    /// With the anchor, a recurrent state or a window may have gone too far.
     fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
         let Some(known) = self.sequences.get(&from) else { return false };
         let Some(tokens) = known.tokens.get(..len).map(<[Token]>::to_vec) else { return false };
@@ -282,8 +283,8 @@ impl Drafter for Small {
         true
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.memory.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.memory.forks_anywhere(len)
     }
 
     fn export(&self, seq: SeqId) -> Option<Vec<u8>> {

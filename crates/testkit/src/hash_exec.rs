@@ -8,16 +8,19 @@
 use std::{
     any::Any,
     collections::HashMap,
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use paceline_backend::{
-    Exec, Lane, LaneCells, PageId, SavedId, SlotId, StateConfig, StateDecl, States, Step, StepOut,
+    Exec, Lane, LaneCells, PageClasses, PageId, SavedId, SlotId, StateConfig, StateDecl, StateId, States,
+    Step, StepOut, first_cell,
 };
 
 use crate::{
     HashModel, Token,
-    hash_model::{Cell, Past, Recurrent},
+    hash_model::{Cell, Past, Recurrent, attend_all},
+    rng::mix,
 };
 
 /// Calls so far.
@@ -43,8 +46,8 @@ struct Slot {
 
 #[derive(Debug, Default)]
 struct Stores {
-    /// Cells of the pages that have storage; none where nothing was written since.
-    pages: HashMap<PageId, Vec<Option<Cell>>>,
+    /// Class and cells of the pages that have storage; none where nothing was written since.
+    pages: HashMap<PageId, (usize, Vec<Option<Cell>>)>,
     slots: HashMap<SlotId, Slot>,
     saved: HashMap<SavedId, Recurrent>,
     traffic: Traffic,
@@ -86,12 +89,22 @@ impl HashStates {
 }
 
 impl Stores {
-    fn cell(&mut self, lane: &Lane<'_>, page_len: usize, at: usize) -> &mut Option<Cell> {
-        let page = lane.pages[at / page_len];
+    fn cell(&mut self, lane: &Lane<'_>, class: usize, page_len: usize, at: usize) -> &mut Option<Cell> {
+        let page = lane.tables[class].page(at / page_len);
         match self.pages.get_mut(&page) {
-            Some(cells) => &mut cells[at % page_len],
+            Some((of, cells)) if *of == class => &mut cells[at % page_len],
+            Some((of, _)) => panic!("cell {at} is in {page:?}, which is of class {of}, not {class}"),
             None => panic!("cell {at} is in {page:?}, which has no storage"),
         }
+    }
+
+    /// Cells that a lane reads, of one class.
+    fn read(&mut self, lane: &Lane<'_>, class: usize, page_len: usize, cells: Range<usize>) -> Vec<Cell> {
+        let read = |at| match self.cell(lane, class, page_len, at) {
+            Some(cell) => *cell,
+            None => panic!("cell {at} of {} is read and was never written", lane.n_past),
+        };
+        cells.map(read).collect()
     }
 
     fn slot(&mut self, slot: SlotId) -> &mut Slot {
@@ -111,8 +124,11 @@ impl States for HashStates {
         self.config
     }
 
-    fn page_bytes(&self) -> usize {
-        self.decls.iter().map(StateDecl::cell_width).sum::<usize>() * self.config.page_len * 4
+    fn page_bytes(&self, class: usize) -> usize {
+        let classes = PageClasses::of(&self.decls);
+        let is_in = |(at, _): &(usize, &StateDecl)| classes.class(StateId(*at as u32)) == Some(class);
+        let width = self.decls.iter().enumerate().filter(is_in).map(|(_, decl)| decl.cell_width());
+        width.sum::<usize>() * self.config.page_len * 4
     }
 
     fn slot_bytes(&self) -> usize {
@@ -120,10 +136,10 @@ impl States for HashStates {
         self.decls.iter().map(width).sum::<usize>() * 4
     }
 
-    fn page_alloc(&self, page: PageId) {
+    fn page_alloc(&self, page: PageId, class: usize) {
         let mut stores = self.stores();
         stores.traffic.n_alloc += 1;
-        let old = stores.pages.insert(page, vec![None; self.config.page_len]);
+        let old = stores.pages.insert(page, (class, vec![None; self.config.page_len]));
         assert!(old.is_none(), "{page:?} has storage already");
     }
 
@@ -140,6 +156,7 @@ impl States for HashStates {
             panic!("copy of {from:?} without storage")
         };
         let Some(place) = stores.pages.get_mut(&to) else { panic!("copy into {to:?} without storage") };
+        assert_eq!(place.0, cells.0, "class of {from:?} and of its copy {to:?}");
         *place = cells;
     }
 
@@ -189,7 +206,7 @@ impl States for HashStates {
 
     fn page_export(&self, page: PageId, out: &mut Vec<u8>) {
         let stores = self.stores();
-        let Some(cells) = stores.pages.get(&page) else { panic!("export of {page:?} without storage") };
+        let Some((_, cells)) = stores.pages.get(&page) else { panic!("export of {page:?} without storage") };
         for cell in cells {
             // An unwritten cell is written as one that no token can leave.
             let (token, position, row) = cell.map_or((Token::MAX, 0, 0), |c| (c.token, c.position, c.row));
@@ -216,7 +233,7 @@ impl States for HashStates {
         };
         let mut stores = self.stores();
         let Some(place) = stores.pages.get_mut(&page) else { panic!("import into {page:?} without storage") };
-        *place = cells.iter().map(cell).collect();
+        place.1 = cells.iter().map(cell).collect();
         true
     }
 
@@ -263,13 +280,10 @@ impl HashExec {
     fn lane(&self, stores: &mut Stores, lane: &Lane<'_>, tokens: &[Token], positions: &[u32]) -> Vec<u64> {
         let page_len = self.states.config.page_len;
         let mut past = Past::default();
-        if self.model.kind.has_pages() {
-            for at in 0..lane.n_past {
-                match stores.cell(lane, page_len, at) {
-                    Some(cell) => past.attended = cell.attend(past.attended),
-                    None => panic!("cell {at} of {} is read and was never written", lane.n_past),
-                }
-            }
+        let classes = PageClasses::of(&self.states.decls);
+        let class = |window: &Option<usize>| classes.windows().iter().position(|of| of == window);
+        if let Some(all) = class(&None) {
+            past.attended = attend_all(&stores.read(lane, all, page_len, 0..lane.n_past));
         }
         let slot = lane.slot.filter(|_| self.model.kind.has_slots());
         assert_eq!(slot.is_some(), self.model.kind.has_slots(), "a lane with {:?}", lane.slot);
@@ -280,12 +294,19 @@ impl HashExec {
         }
         let mut rows = Vec::with_capacity(tokens.len());
         for (i, (&token, &position)) in tokens.iter().zip(positions).enumerate() {
+            let here = lane.n_past + i;
+            let windows = self.model.kind.windows().iter().filter(|window| window.is_some());
+            let seen = windows.filter_map(|window| {
+                let cells = stores.read(lane, class(window)?, page_len, first_cell(*window, here)..here);
+                Some(attend_all(&cells))
+            });
+            past.seen = seen.fold(0, mix);
             let row = self.model.row(token, position, &past);
             rows.push(row);
-            if self.model.kind.has_pages() {
-                let cell = Cell { token, position, row };
-                past.attended = cell.attend(past.attended);
-                *stores.cell(lane, page_len, lane.n_past + i) = Some(cell);
+            let cell = Cell { token, position, row };
+            past.attended = cell.attend(past.attended);
+            for class in 0..classes.len() {
+                *stores.cell(lane, class, page_len, here) = Some(cell);
             }
             past.recurrent.advance(token, position);
             if let Some(slot) = slot.filter(|_| i < lane.n_certain) {

@@ -1,8 +1,9 @@
 //! A model whose next-token logits hash all that came before, as a pure function of tokens.
 //!
 //! ```text
-//!  row p   h_p = mix(seed, token_p, position_p, A_p, S_p, T_p)
+//!  row p   h_p = mix(seed, token_p, position_p, A_p, W_p, S_p, T_p)
 //!  A_p     fold, in order, over cells 0..p of (token, position, h)     what attention reads
+//!  W_p     the same over the last cells before p, for each window     what attention reads through it
 //!  S_p     rolling hash of rows 0..=p                                  what a gated delta rule keeps
 //!  T_p     the tokens of the last three rows before p                  what a short convolution keeps
 //!  logits  sharpness · u(h_p, v) + bias_v,  u uniform in [-1, 1)
@@ -14,7 +15,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use paceline_backend::{StateConfig, StateDecl};
+use paceline_backend::{StateConfig, StateDecl, first_cell};
 use paceline_engine::Target;
 use paceline_memory::Memory;
 
@@ -33,18 +34,34 @@ pub enum HashKind {
     Recurrent,
     /// Both.
     Hybrid,
+    /// KV pages of two classes: layers that see everything, and layers that see a few cells.
+    Sliding,
+    /// KV pages of two classes, both of layers that see a few cells.
+    Windows,
 }
 
 impl HashKind {
     /// Every kind.
-    pub const ALL: [HashKind; 3] = [HashKind::Attention, HashKind::Recurrent, HashKind::Hybrid];
+    pub const ALL: [HashKind; 5] =
+        [HashKind::Attention, HashKind::Recurrent, HashKind::Hybrid, HashKind::Sliding, HashKind::Windows];
 
-    pub(crate) fn has_pages(self) -> bool {
-        self != HashKind::Recurrent
+    /// The windows of its KV states, in the order of their declarations; none sees all.
+    pub fn windows(self) -> &'static [Option<usize>] {
+        match self {
+            HashKind::Attention | HashKind::Hybrid => &[None],
+            HashKind::Recurrent => &[],
+            HashKind::Sliding => &[Some(6), None],
+            HashKind::Windows => &[Some(4), Some(11)],
+        }
     }
 
-    pub(crate) fn has_slots(self) -> bool {
-        self != HashKind::Attention
+    pub(crate) fn has_pages(self) -> bool {
+        !self.windows().is_empty()
+    }
+
+    /// Whether it has recurrent states.
+    pub fn has_slots(self) -> bool {
+        matches!(self, HashKind::Recurrent | HashKind::Hybrid)
     }
 }
 
@@ -98,10 +115,8 @@ impl HashModel {
 
     /// The states that it declares.
     pub fn decls(&self) -> Vec<StateDecl> {
-        let mut decls = Vec::new();
-        if self.kind.has_pages() {
-            decls.push(StateDecl::Kv { n_head: 1, head_dim: 4 });
-        }
+        let kv = |&window| StateDecl::Kv { n_head: 1, head_dim: 4, window };
+        let mut decls: Vec<StateDecl> = self.kind.windows().iter().map(kv).collect();
         if self.kind.has_slots() {
             decls.push(StateDecl::ConvTail { channels: 1, width: 4 });
             decls.push(StateDecl::Delta { n_head_k: 1, n_head_v: 1, dim_k: 1, dim_v: 1 });
@@ -124,7 +139,7 @@ impl HashModel {
 
     /// The model at the start of a text.
     pub fn reading(&self) -> Reading {
-        Reading { model: self.clone(), n: 0, past: Past::default(), row: 0, token: 0 }
+        Reading { model: self.clone(), cells: Vec::new(), past: Past::default(), row: 0, token: 0 }
     }
 
     /// The model after `tokens`.
@@ -137,8 +152,11 @@ impl HashModel {
     /// Hash of the row of `token`, given what layers remember of the rows before.
     pub(crate) fn row(&self, token: Token, position: u32, past: &Past) -> u64 {
         let mut h = mix(mix(self.seed, u64::from(token)), u64::from(position));
-        if self.kind.has_pages() {
+        if self.kind.windows().contains(&None) {
             h = mix(h, past.attended);
+        }
+        if self.kind.windows().iter().any(Option::is_some) {
+            h = mix(h, past.seen);
         }
         if self.kind.has_slots() {
             h = mix(h, past.recurrent.state);
@@ -167,6 +185,8 @@ impl HashModel {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) struct Past {
     pub attended: u64,
+    /// Of what the windows show.
+    pub seen: u64,
     pub recurrent: Recurrent,
 }
 
@@ -200,11 +220,16 @@ impl Cell {
     }
 }
 
+/// Fold over cells, in order.
+pub(crate) fn attend_all<'a>(cells: impl IntoIterator<Item = &'a Cell>) -> u64 {
+    cells.into_iter().fold(0, |attended, cell| cell.attend(attended))
+}
+
 /// The model somewhere in a text, computed from its tokens and nothing else.
 #[derive(Clone, Debug)]
 pub struct Reading {
     model: HashModel,
-    n: usize,
+    cells: Vec<Cell>,
     past: Past,
     row: u64,
     token: Token,
@@ -213,11 +238,16 @@ pub struct Reading {
 impl Reading {
     /// Reads one token.
     pub fn push(&mut self, token: Token) {
-        let position = self.n as u32;
+        let n = self.cells.len();
+        let position = n as u32;
+        let windows = self.model.kind.windows().iter().filter(|window| window.is_some());
+        let seen = windows.map(|&window| attend_all(&self.cells[first_cell(window, n)..]));
+        self.past.seen = seen.fold(0, mix);
         self.row = self.model.row(token, position, &self.past);
-        self.past.attended = Cell { token, position, row: self.row }.attend(self.past.attended);
+        let cell = Cell { token, position, row: self.row };
+        self.past.attended = cell.attend(self.past.attended);
         self.past.recurrent.advance(token, position);
-        self.n += 1;
+        self.cells.push(cell);
         self.token = token;
     }
 
@@ -228,12 +258,12 @@ impl Reading {
 
     /// Tokens read.
     pub fn n_tokens(&self) -> usize {
-        self.n
+        self.cells.len()
     }
 
     /// Logits of the last token's row. Panics before the first token.
     pub fn logits(&self) -> Vec<f32> {
-        assert!(self.n > 0, "logits before the first token");
+        assert!(!self.cells.is_empty(), "logits before the first token");
         let mut logits = Vec::with_capacity(self.model.n_vocab);
         self.model.logits_into(self.row, self.token, &mut logits);
         logits
@@ -241,7 +271,7 @@ impl Reading {
 
     /// Taps of the last token's row. Panics before the first token.
     pub fn taps(&self) -> Vec<f32> {
-        assert!(self.n > 0, "taps before the first token");
+        assert!(!self.cells.is_empty(), "taps before the first token");
         let mut taps = Vec::with_capacity(self.model.n_tap);
         self.model.taps_into(self.row, &mut taps);
         taps

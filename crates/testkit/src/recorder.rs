@@ -196,8 +196,8 @@ impl<D: Drafter> Drafter for Recorder<D> {
         Some(out)
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.inner.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.inner.forks_anywhere(len)
     }
 
     fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {

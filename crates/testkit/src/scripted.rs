@@ -20,6 +20,8 @@ pub enum Forks {
     Anywhere,
     /// Only with all that was committed.
     Whole,
+    /// At any as long as no more than so many were committed, as with a window; else with all.
+    Within(usize),
     /// At none.
     Never,
 }
@@ -100,6 +102,7 @@ impl Drafter for Scripted {
         let can = match self.forks {
             Forks::Anywhere => len <= tokens.len(),
             Forks::Whole => len == tokens.len(),
+            Forks::Within(n) => len == tokens.len() || (len < tokens.len() && tokens.len() <= n),
             Forks::Never => false,
         };
         if can {
@@ -114,8 +117,12 @@ impl Drafter for Scripted {
         Some(self.committed.get(&seq)?.iter().flat_map(|token| token.to_le_bytes()).collect())
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.forks == Forks::Anywhere
+    fn forks_anywhere(&self, len: usize) -> bool {
+        match self.forks {
+            Forks::Anywhere => true,
+            Forks::Within(n) => len <= n,
+            Forks::Whole | Forks::Never => false,
+        }
     }
 
     fn import(&mut self, seq: SeqId, len: usize, bytes: &[u8]) -> Result<(), String> {

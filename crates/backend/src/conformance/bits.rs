@@ -6,7 +6,7 @@ use paceline_kernels::formats::FORMATS;
 
 use crate::{
     AttentionOp, Backend, BlockMask, Buf, HeadMap, KvType, KvTypes, LocalKernels, Pairing, PlanBuilder,
-    RopeSpec, RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
+    RopeScaling, RopeSpec, RouterScore, RouterSpec, StateConfig, StateDecl, StateId,
 };
 
 use super::{
@@ -74,7 +74,13 @@ fn record(p: &mut PlanBuilder<'_>, w: &Weights) -> Buf {
     let qg = p.matmul_bias(h, &w.matrix(11), Some(&w.vector(12)));
     let (q, gate) = (p.columns(qg, 2 * HEAD, 0, HEAD), p.columns(qg, 2 * HEAD, HEAD, HEAD));
     let [k, v] = p.matmuls(h, [&w.matrix(13), &w.matrix(14)]);
-    let rope = RopeSpec { n_rot: 8, base: 1e4, pairing: Pairing::HalfSplit, factors: None };
+    let rope = RopeSpec {
+        n_rot: 8,
+        base: 1e4,
+        pairing: Pairing::HalfSplit,
+        factors: None,
+        scaling: RopeScaling::None,
+    };
     let q = p.rms_norm(q, &w.vector(15), 1e-6);
     let (q, k) = (p.rope(q, HEAD, &rope), p.rope(k, HEAD, &rope));
     p.kv_append(StateId(2), k, v);
@@ -169,7 +175,7 @@ fn states() -> Vec<StateDecl> {
     vec![
         StateDecl::ConvTail { channels: CHANNELS, width: 4 },
         StateDecl::Delta { n_head_k: N_HEAD_K, n_head_v: N_HEAD_V, dim_k: DIM, dim_v: DIM },
-        StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD },
+        StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD, window: None },
     ]
 }
 
@@ -277,7 +283,7 @@ fn blocks(backends: &[&dyn Backend], random: &mut Random) {
     let setup = Setup {
         name: "blocks".into(),
         tensors: vec![Tensor::random(&mut Random::new(6), [N_HEAD * HEAD, 6], GgmlType::F32, 1.0)],
-        states: vec![StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD }],
+        states: vec![StateDecl::Kv { n_head: N_HEAD_KV, head_dim: HEAD, window: None }],
         config: StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 16 },
         plans: vec![&record],
         taps: &[],
@@ -326,7 +332,7 @@ fn long(backends: &[&dyn Backend], random: &mut Random, kv: KvTypes) {
     let setup = Setup {
         name: format!("long contexts of {kv}"),
         tensors: vec![Tensor::vector(vec![0.0])],
-        states: vec![StateDecl::Kv { n_head: 1, head_dim: HEAD }],
+        states: vec![StateDecl::Kv { n_head: 1, head_dim: HEAD, window: None }],
         config: StateConfig { page_len: 64, kv, n_tentative_max: 16 },
         plans: vec![&record],
         taps: &[],

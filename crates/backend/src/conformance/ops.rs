@@ -4,7 +4,8 @@ use paceline_gguf::GgmlType;
 use paceline_kernels::formats::FORMATS;
 
 use crate::{
-    Backend, Buf, Error, LocalKernels, Pairing, PlanBuilder, RopeSpec, RouterScore, RouterSpec, StateConfig,
+    Backend, Buf, Error, LocalKernels, Pairing, PlanBuilder, RopeScaling, RopeSpec, RouterScore, RouterSpec,
+    StateConfig, Yarn,
 };
 
 use super::{
@@ -248,16 +249,32 @@ fn row_wise(random: &mut Random, tolerance: f64, run: &mut dyn FnMut(&mut Random
     }
 
     for pairing in [Pairing::HalfSplit, Pairing::Adjacent] {
-        for with_factors in [false, true] {
+        // Over 400 tokens the three pairs turn 64, 3 and 0.1 times.
+        let yarn = Yarn { attn_factor: 0.9, ..Yarn::new(4.0, 400) };
+        let half = Yarn { ext_factor: 0.5, ..yarn };
+        for (with_factors, scaling) in [
+            (false, RopeScaling::None),
+            (true, RopeScaling::None),
+            (false, RopeScaling::Linear(2.5)),
+            (false, RopeScaling::Yarn(yarn)),
+            (true, RopeScaling::Yarn(half)),
+            (false, RopeScaling::Yarn(Yarn { ext_factor: 0.0, ..yarn })),
+        ] {
             let factors = weight_of((0..3).map(|i| 1.0 + 3.5 * i as f32).collect());
             let record = move |p: &mut PlanBuilder<'_>, w: &Weights| {
                 let x = p.input(30);
                 let factors = with_factors.then_some(w.vector(0).id);
-                p.rope(x, 10, &RopeSpec { n_rot: 6, base: 1e4, pairing, factors })
+                p.rope(x, 10, &RopeSpec { n_rot: 6, base: 1e4, pairing, factors, scaling })
             };
             run(
                 random,
-                case(&format!("rope {pairing:?}, factors {with_factors}"), 30, factors, tolerance, &record),
+                case(
+                    &format!("rope {pairing:?}, factors {with_factors}, {scaling:?}"),
+                    30,
+                    factors,
+                    tolerance,
+                    &record,
+                ),
             );
         }
     }

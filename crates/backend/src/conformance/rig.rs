@@ -6,14 +6,16 @@ use paceline_gguf::{GgmlType, Gguf, Metadata, to_bytes};
 use paceline_kernels::formats::quantize_rows;
 
 use crate::{
-    Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageId, PlanBuilder, SavedId, SlotId, StateConfig,
-    StateDecl, States, Step, StepOut, Tap, Vector, WeightId, WeightSource,
+    Backend, Buf, Error, Exec, Experts, Lane, Matrix, PageClasses, PageId, PageTable, PlanBuilder, SavedId,
+    SlotId, StateConfig, StateDecl, States, Step, StepOut, Tap, Vector, WeightId, WeightSource, first_cell,
 };
 
 use super::random::Random;
 
 /// Sequences that a rig can have.
 const N_SLOT: u32 = 16;
+/// Pages that it can have, one after the other.
+const N_PAGE: u32 = 2048;
 
 /// A weight of a case: `[n_out, n_in]` values in a format.
 pub(super) struct Tensor {
@@ -99,6 +101,7 @@ pub(super) struct Rig {
     machines: Vec<Machine>,
     agree: Agree,
     config: StateConfig,
+    classes: PageClasses,
     n_step: usize,
     n_page: u32,
     n_slot: u32,
@@ -108,7 +111,8 @@ pub(super) struct Rig {
 #[derive(Clone, Debug)]
 pub(super) struct Sequence {
     pub n_past: usize,
-    pub pages: Vec<PageId>,
+    /// One for each class.
+    pub tables: Vec<PageTable>,
     pub slot: SlotId,
 }
 
@@ -156,8 +160,8 @@ impl Rig {
             Ok(Machine { name: backend.describe(), execs, states: states.clone(), out: StepOut::default() })
         };
         let machines = backends.iter().map(machine).collect::<Result<_, Error>>()?;
-        let (config, name) = (setup.config, setup.name);
-        Ok(Rig { name, machines, agree, config, n_step: 0, n_page: 0, n_slot: 0 })
+        let (config, name, classes) = (setup.config, setup.name, PageClasses::of(&setup.states));
+        Ok(Rig { name, machines, agree, config, classes, n_step: 0, n_page: 0, n_slot: 0 })
     }
 
     /// Does the same to the states of every machine.
@@ -172,7 +176,7 @@ impl Rig {
         let slot = SlotId((self.n_slot * 5 + 3) % N_SLOT);
         self.n_slot += 1;
         self.states(|s| s.slot_reset(slot));
-        Sequence { n_past: 0, pages: Vec::new(), slot }
+        Sequence { n_past: 0, tables: vec![PageTable::default(); self.classes.len()], slot }
     }
 
     /// Sequences that may still be made.
@@ -182,17 +186,29 @@ impl Rig {
 
     /// Gives `seq` pages for `n_rows` more rows.
     pub fn reserve(&mut self, seq: &mut Sequence, n_rows: usize) {
-        while seq.pages.len() * self.config.page_len < seq.n_past + n_rows {
-            let page = self.page();
-            seq.pages.push(page);
+        for (class, table) in seq.tables.iter_mut().enumerate() {
+            while table.end() * self.config.page_len < seq.n_past + n_rows {
+                table.pages.push(self.page(class));
+            }
         }
     }
 
-    fn page(&mut self) -> PageId {
-        assert!(self.n_page < 1024, "a rig has 1024 pages");
-        let page = PageId((self.n_page * 389 + 3) % 1024);
+    /// Gives back the pages that later rows of `seq` do not look at.
+    pub fn give_back(&mut self, seq: &mut Sequence) {
+        for (table, window) in seq.tables.iter_mut().zip(self.classes.windows()) {
+            let first = first_cell(*window, seq.n_past) / self.config.page_len;
+            for page in table.pages.drain(..first - table.first) {
+                self.machines.iter().for_each(|m| m.states.page_release(page));
+            }
+            table.first = first;
+        }
+    }
+
+    fn page(&mut self, class: usize) -> PageId {
+        assert!(self.n_page < N_PAGE, "a rig has {N_PAGE} pages");
+        let page = PageId((self.n_page * 389 + 3) % N_PAGE);
         self.n_page += 1;
-        self.states(|s| s.page_alloc(page));
+        self.states(|s| s.page_alloc(page, class));
         page
     }
 
@@ -205,10 +221,13 @@ impl Rig {
             s.slot_load(SavedId(0), fork.slot);
             s.saved_release(SavedId(0));
         });
-        for &from in &seq.pages {
-            let to = self.page();
-            self.states(|s| s.page_copy(from, to));
-            fork.pages.push(to);
+        for (class, table) in seq.tables.iter().enumerate() {
+            fork.tables[class].first = table.first;
+            for &from in &table.pages {
+                let to = self.page(class);
+                self.states(|s| s.page_copy(from, to));
+                fork.tables[class].pages.push(to);
+            }
         }
         fork
     }
@@ -219,9 +238,13 @@ impl Rig {
         self.states(|s| s.slot_commit(seq.slot, n_rows - n_certain));
     }
 
-    /// Makes `seq` empty, keeping slot and pages.
+    /// Makes `seq` empty, keeping its slot, and its pages where none is missing.
     pub fn reset(&mut self, seq: &mut Sequence) {
         seq.n_past = 0;
+        for table in seq.tables.iter_mut().filter(|table| table.first > 0) {
+            self.states(|s| table.pages.iter().for_each(|page| s.page_release(*page)));
+            *table = PageTable::default();
+        }
         self.states(|s| s.slot_reset(seq.slot));
     }
 
@@ -251,7 +274,7 @@ impl Rig {
                 rows,
                 n_past,
                 n_certain,
-                pages: &part.seq.pages,
+                tables: &part.seq.tables,
                 slot: Some(slot),
             })
             .collect();

@@ -14,9 +14,9 @@ use std::{
 use paceline_kernels::{formats, kv::KvBytes};
 
 use crate::{
-    AttentionOp, Backend, BlockMask, Buf, Error, Exec, Factor, HeadMap, KvType, Lane, Op, PageId, Pairing,
-    Plan, PlanWork, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId, StateConfig, StateDecl,
-    StateId, States, Step, StepOut, WeightId, WeightSource,
+    AttentionOp, Backend, BlockMask, Buf, Error, Exec, Factor, HeadMap, KvType, Lane, Op, PageClasses,
+    PageId, Pairing, Plan, PlanWork, RopeScaling, RopeSpec, RouterScore, RouterSpec, Rows, SavedId, SlotId,
+    StateConfig, StateDecl, StateId, States, Step, StepOut, WeightId, WeightSource,
 };
 
 /// The backend that defines the others. Slow.
@@ -63,6 +63,7 @@ impl Backend for ScalarBackend {
 
     fn compile(&self, plan: Arc<Plan>, states: &Arc<dyn States>) -> Result<Box<dyn Exec>, Error> {
         let states = states.as_any().downcast_ref::<ScalarStates>().ok_or(Error::ForeignStates("scalar"))?;
+        plan.check_windows(&states.decls);
         let weights = self.weights.read().unwrap_or_else(PoisonError::into_inner).clone();
         let (decls, config, inner) = (states.decls.clone(), states.config, states.inner.clone());
         Ok(Box::new(ScalarExec { plan, weights, decls, config, inner }))
@@ -144,8 +145,11 @@ impl States for ScalarStates {
         self.config
     }
 
-    fn page_bytes(&self) -> usize {
-        let values: usize = self.decls.iter().map(StateDecl::cell_width).sum();
+    fn page_bytes(&self, class: usize) -> usize {
+        let classes = PageClasses::of(&self.decls);
+        let is_in = |(at, _): &(usize, &StateDecl)| classes.class(StateId(*at as u32)) == Some(class);
+        let values: usize =
+            self.decls.iter().enumerate().filter(is_in).map(|(_, decl)| decl.cell_width()).sum();
         values * self.config.page_len * size_of::<f64>()
     }
 
@@ -153,7 +157,7 @@ impl States for ScalarStates {
         0 // grows with the sequence
     }
 
-    fn page_alloc(&self, page: PageId) {
+    fn page_alloc(&self, page: PageId, _: usize) {
         self.lock().pages.insert(page, HashMap::new());
     }
 
@@ -367,7 +371,7 @@ impl ScalarExec {
                 let (k, v) = (all(k), all(v));
                 for lane in step.lanes {
                     for (i, row) in lane.rows.clone().enumerate() {
-                        let (page, cell) = self.place(lane, lane.n_past + i);
+                        let (page, cell) = self.place(*state, lane, lane.n_past + i);
                         let page = inner.pages.get_mut(&page).expect("a page with storage");
                         page.insert((*state, cell), [stored(&k[row], types.k), stored(&v[row], types.v)]);
                     }
@@ -479,12 +483,13 @@ impl ScalarExec {
     }
 
     /// The page of a lane's cell, and the cell's place in it.
-    fn place(&self, lane: &Lane<'_>, cell: usize) -> (PageId, usize) {
-        (lane.pages[cell / self.config.page_len], cell % self.config.page_len)
+    fn place(&self, state: StateId, lane: &Lane<'_>, cell: usize) -> (PageId, usize) {
+        let class = PageClasses::of(&self.decls).class(state).expect("a KV state");
+        (lane.tables[class].page(cell / self.config.page_len), cell % self.config.page_len)
     }
 
     fn attention(&self, op: &AttentionOp, step: &Step<'_>, q: &Matrix, inner: &Inner) -> Matrix {
-        let StateDecl::Kv { n_head: n_head_kv, head_dim } = self.decls[op.state.0 as usize] else {
+        let StateDecl::Kv { n_head: n_head_kv, head_dim, .. } = self.decls[op.state.0 as usize] else {
             panic!("attention over {:?}", self.decls[op.state.0 as usize])
         };
         let mut out = vec![Vec::new(); step.n_rows()];
@@ -502,7 +507,7 @@ impl ScalarExec {
                 let cells: Vec<&[Vec<f64>; 2]> = (0..lane.n_past + lane.rows.len())
                     .filter(sees)
                     .map(|cell| {
-                        let (page, at) = self.place(lane, cell);
+                        let (page, at) = self.place(op.state, lane, cell);
                         inner.pages[&page].get(&(op.state, at)).expect("a cell that was written")
                     })
                     .collect();
@@ -622,15 +627,41 @@ fn rotate(head: &mut [f64], position: u32, rope: &RopeSpec, factors: Option<&[f6
     let n_pair = rope.n_rot / 2;
     for i in 0..n_pair {
         let frequency = f64::from(rope.base).powf(-(2.0 * i as f64) / rope.n_rot as f64);
-        let angle = f64::from(position) * frequency / factors.map_or(1.0, |f| f[i]);
+        let (divisor, stretch) = scaling(rope, i);
+        let angle = f64::from(position) * frequency / divisor / factors.map_or(1.0, |f| f[i]);
         let (a, b) = match rope.pairing {
             Pairing::HalfSplit => (i, i + n_pair),
             Pairing::Adjacent => (2 * i, 2 * i + 1),
         };
-        let (x, y) = (head[a], head[b]);
+        let (x, y) = (stretch * head[a], stretch * head[b]);
         head[a] = x * angle.cos() - y * angle.sin();
         head[b] = x * angle.sin() + y * angle.cos();
     }
+}
+
+/// What the frequency of pair `i` is divided by, and what its dimensions are multiplied with.
+fn scaling(rope: &RopeSpec, i: usize) -> (f64, f64) {
+    let yarn = match rope.scaling {
+        RopeScaling::None => return (1.0, 1.0),
+        RopeScaling::Linear(factor) => return (f64::from(factor), 1.0),
+        RopeScaling::Yarn(yarn) => yarn,
+    };
+    // The pair whose wave is `n_ctx_orig / turns` long.
+    let pair = |turns: f32| {
+        let wave = f64::from(yarn.n_ctx_orig) / f64::from(turns) / std::f64::consts::TAU;
+        wave.log(f64::from(rope.base)) * rope.n_rot as f64 / 2.0
+    };
+    let (first, last) = (pair(yarn.beta_fast).floor().max(0.0), pair(yarn.beta_slow).ceil());
+    let last = last.min(rope.n_rot as f64 - 1.0);
+    let divided = match i as f64 {
+        i if i <= first => 0.0,
+        i if i >= last => 1.0,
+        i => (i - first) / (last - first),
+    };
+    let kept = (1.0 - divided) * f64::from(yarn.ext_factor);
+    let factor = f64::from(yarn.factor);
+    let stretch = if yarn.ext_factor > 0.0 { factor.ln() / 10.0 + 1.0 } else { 1.0 };
+    (1.0 / (kept + (1.0 - kept) / factor), stretch * f64::from(yarn.attn_factor))
 }
 
 /// The chosen experts and their weights.

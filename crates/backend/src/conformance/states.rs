@@ -164,7 +164,7 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
     let record = move |p: &mut PlanBuilder<'_>, w: &Weights| {
         let x = p.input(width);
         let (k, v) = (p.columns(x, width, n_q, n_kv), p.columns(x, width, n_q + n_kv, n_kv));
-        // A second state shares the pages; its keys are the first one's values.
+        // A second state's keys are the first one's values.
         p.kv_append(StateId(1), v, k);
         p.kv_append(StateId(0), k, v);
         let q = p.columns(x, width, 0, n_q);
@@ -202,7 +202,10 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
             "attention {n_head}/{n_head_kv} heads of {head_dim}, {mask:?}, window {window:?}, {kv}"
         ),
         tensors: vec![Tensor::vector(random.values(n_head, 3.0))],
-        states: vec![StateDecl::Kv { n_head: n_head_kv, head_dim }; 2],
+        // The second one keeps all cells or as few, and so has pages of its own or shares them.
+        states: [window, window.filter(|_| sinks)]
+            .map(|window| StateDecl::Kv { n_head: n_head_kv, head_dim, window })
+            .to_vec(),
         config: StateConfig { page_len, kv, n_tentative_max: N_TENTATIVE_MAX },
         plans: vec![&record, &look],
         taps: &[],
@@ -211,10 +214,13 @@ fn attention(backend: &dyn Backend, tolerance: Tolerance, random: &mut Random, c
     let mut rig = Rig::new(&[&scalar, backend], Agree::within(tolerance.other), setup)
         .unwrap_or_else(|error| panic!("attention: {error}"));
     run(&mut rig, random, &|random| random.values(width, 2.0), &mut |rig, seq, random| {
+        rig.give_back(seq);
         // The first of two rows sees something, and with a window of 1 neither does.
         if seq.n_past > 1 && window != Some(1) {
             let mut past = seq.clone();
-            past.pages.truncate(seq.n_past.div_ceil(page_len));
+            for table in &mut past.tables {
+                table.pages.truncate(seq.n_past.div_ceil(page_len) - table.first);
+            }
             let mut row = || Row { input: random.values(n_q, 2.0), ..Row::default() };
             rig.step(1, &[Part { seq: &past, rows: vec![row(), row()], n_certain: 0 }]);
         }

@@ -16,7 +16,7 @@ use std::{
 
 use paceline_kernels::attention::{KvHead, Part, QueryTile, SPAN, SUMS, padded};
 
-use crate::{AttentionOp, BlockMask, Buf, Lane};
+use crate::{AttentionOp, BlockMask, Buf, Lane, first_cell};
 
 use super::exec::{Cx, Nanos};
 
@@ -40,6 +40,8 @@ struct Scratch {
 /// Where a KV state lies in a page.
 #[derive(Clone, Copy)]
 pub(super) struct KvPlace {
+    /// Which of a sequence's page tables.
+    pub class: usize,
     /// First bytes of keys and of values.
     pub offsets: [usize; 2],
     pub n_head: usize,
@@ -52,9 +54,10 @@ impl KvPlace {
         let columns = head * self.head_dim..(head + 1) * self.head_dim;
         let value_bytes = cx.kv.v.row_bytes(self.head_dim);
         let [keys, values] = self.head_bytes(cx, head);
+        let table = &lane.tables[self.class];
         for (i, row) in lane.rows.clone().enumerate() {
             let cell = lane.n_past + i;
-            let (id, in_page) = (lane.pages[cell / cx.page_len].0, cell % cx.page_len);
+            let (id, in_page) = (table.page(cell / cx.page_len).0, cell % cx.page_len);
             // SAFETY: pages that a lane writes are its own (`memory` copies shared ones first), the tile of a lane and a head alone
             // writes the head's cells, and no other op of this wave touches pages (`StateAccess::conflicts`).
             unsafe {
@@ -76,7 +79,7 @@ impl KvPlace {
 }
 
 /// What tiles that share a read of one KV head leave for each other: the sums of each query over each span, and how many spans
-/// are done. Atomics, for it is written by whoever has the span and read by whoever comes last.
+/// are done. In use while its op runs, so ops of different waves have one between them: over a long context these are megabytes. Atomics, for it is written by whoever has the span and read by whoever comes last.
 #[derive(Default)]
 pub(super) struct SpanParts(RwLock<Parts>);
 
@@ -122,8 +125,13 @@ impl Attention<'_> {
         if n_threads == 1 || self.n_units(cx) >= TILES_PER_THREAD * n_threads {
             return 1;
         }
-        let end = cx.step.lanes.iter().map(|lane| lane.n_past + lane.rows.len()).max().unwrap_or(0);
-        end.div_ceil(SPAN).max(1)
+        let spans = |lane: &Lane<'_>| (lane.n_past + lane.rows.len()).div_ceil(SPAN) - self.first_span(lane);
+        cx.step.lanes.iter().map(spans).max().unwrap_or(1).max(1)
+    }
+
+    /// The first span that a row of the lane sees a cell of.
+    fn first_span(&self, lane: &Lane<'_>) -> usize {
+        first_cell(self.op.window, lane.n_past) / SPAN
     }
 
     pub fn n_tiles(&self, cx: &Cx<'_>, n_threads: usize) -> usize {
@@ -142,7 +150,7 @@ impl Attention<'_> {
         }
         // A panic elsewhere leaves sums that nobody reads.
         let mut parts = self.parts.0.write().unwrap_or_else(|e| e.into_inner());
-        let n = n_units * n_spans * self.queries_at_most() * self.part_len();
+        let n = n_units * n_spans * self.queries_at_most(cx) * self.part_len();
         if parts.values.len() < n {
             parts.values.resize_with(n, AtomicU32::default);
         }
@@ -152,8 +160,10 @@ impl Attention<'_> {
         parts.done.iter_mut().for_each(|done| *done.get_mut() = 0);
     }
 
-    fn queries_at_most(&self) -> usize {
-        self.rows_at_once() * self.per_kv()
+    /// Queries of the largest tile of the step.
+    fn queries_at_most(&self, cx: &Cx<'_>) -> usize {
+        let n_row = cx.step.lanes.iter().map(|lane| lane.rows.len()).max().unwrap_or(0);
+        n_row.min(self.rows_at_once()) * self.per_kv()
     }
 
     pub fn work(&self, cx: &Cx<'_>) -> Nanos {
@@ -173,6 +183,7 @@ impl Attention<'_> {
         let (unit, span) = (tile / n_spans, tile % n_spans);
         let (group, head_kv) = (unit / self.place.n_head, unit % self.place.n_head);
         let rows = self.rows(cx, group);
+        let first_span = self.first_span(rows.lane);
         SCRATCH.with_borrow_mut(|Scratch { tile, part }| {
             let page = |i: usize| self.page(cx, rows.lane, head_kv, i);
             let kv =
@@ -184,10 +195,12 @@ impl Attention<'_> {
             }
             let parts = self.parts.0.read().unwrap_or_else(|e| e.into_inner());
             let n_queries = rows.rows.len() * self.per_kv();
+            let queries_at_most = self.queries_at_most(cx);
             let place = |span: usize, i: usize| {
-                let at = ((unit * n_spans + span) * self.queries_at_most() + i) * self.part_len();
+                let at = ((unit * n_spans + span - first_span) * queries_at_most + i) * self.part_len();
                 &parts.values[at..at + self.part_len()]
             };
+            let span = first_span + span;
             if tile.spans().contains(&span) {
                 tile.attend_span(cx.table, kv, span);
                 for i in 0..n_queries {
@@ -264,8 +277,9 @@ impl Attention<'_> {
 
     /// A head's keys and values in page `i` of a lane.
     fn page<'s>(&self, cx: &'s Cx<'_>, lane: &Lane<'_>, head: usize, i: usize) -> [&'s [u8]; 2] {
+        let id = lane.tables[self.place.class].page(i).0;
         // SAFETY: no op of this wave writes pages (`StateAccess::conflicts`).
-        self.place.head_bytes(cx, head).map(|bytes| unsafe { cx.page(lane.pages[i].0, bytes) })
+        self.place.head_bytes(cx, head).map(|bytes| unsafe { cx.page(id, bytes) })
     }
 }
 
@@ -277,6 +291,5 @@ fn visible_cells(lane: &Lane<'_>, i: usize, mask: BlockMask, window: Option<usiz
         BlockMask::Full => lane.n_past + lane.rows.len(),
         BlockMask::Past => lane.n_past,
     };
-    let start = window.map_or(0, |window| (cell + 1).saturating_sub(window));
-    start.min(end)..end
+    first_cell(window, cell).min(end)..end
 }

@@ -273,17 +273,19 @@ impl CpuExec {
         });
         let (mut tasks, mut waves, mut ropes) = (Vec::new(), Vec::new(), Ropes::default());
         let mut groups: Vec<Groups> = Vec::new();
+        let mut places = Vec::new();
         for items in schedule.waves {
             let first = tasks.len();
             let (mut fills, mut reads) = (Vec::new(), Vec::new());
             let n_grouped = groups.len();
+            let mut n_attending = 0;
             for item in items {
                 let kind = match item.work {
                     Work::Op(i) => {
                         reads.extend(schedule.reads[i]);
                         let op =
                             CpuOp::new(&plan.ops[i], schedule.reads[i], &plan, &states, &mut ropes, &weight);
-                        Kind::Op(op.with_groups(&mut groups))
+                        Kind::Op(op.with_groups(&mut groups).with_parts(&mut places, &mut n_attending))
                     }
                     Work::Quantize(buf) => Kind::Quantize(buf),
                 };

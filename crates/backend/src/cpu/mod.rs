@@ -172,6 +172,7 @@ impl Backend for CpuBackend {
         // An Arc of the trait can't be turned into one of the type, so the states are cloned: a handle.
         let any: &dyn Any = states.as_any();
         let states = any.downcast_ref::<CpuStates>().ok_or(Error::ForeignStates("cpu"))?.handle();
+        plan.check_windows(states.decls());
         if self.packs {
             self.pack(&plan)?;
         }

@@ -74,8 +74,8 @@ pub(super) struct CpuOp {
     /// Among the plan's.
     rope: Option<usize>,
     kv: Option<KvPlace>,
-    /// Of attention.
-    parts: SpanParts,
+    /// Of attention, shared with ops of other waves.
+    parts: Arc<SpanParts>,
     slot: Option<(SlotLayout, StateDecl)>,
 }
 
@@ -98,13 +98,14 @@ impl CpuOp {
             rope: None,
             kv: None,
             slot: None,
-            parts: SpanParts::default(),
+            parts: Arc::default(),
         };
         let kv = |state: crate::StateId| {
             let at = state.0 as usize;
             match states.decls()[at] {
-                StateDecl::Kv { n_head, head_dim } => {
-                    KvPlace { offsets: states.page_offsets(at), n_head, head_dim }
+                StateDecl::Kv { n_head, head_dim, .. } => {
+                    let (class, offsets) = states.page_place(at);
+                    KvPlace { class, offsets, n_head, head_dim }
                 }
                 ref other => panic!("{other:?} is no KV state"),
             }
@@ -177,6 +178,18 @@ impl CpuOp {
             groups.len() - 1
         });
         CpuOp { router, ..self }
+    }
+
+    /// Takes the next place for the sums of spans, if it attends: no two ops of a wave have the same one.
+    pub fn with_parts(self, places: &mut Vec<Arc<SpanParts>>, n_taken: &mut usize) -> CpuOp {
+        if !matches!(self.op, Op::Attention(_)) {
+            return self;
+        }
+        if places.len() == *n_taken {
+            places.push(Arc::default());
+        }
+        *n_taken += 1;
+        CpuOp { parts: places[*n_taken - 1].clone(), ..self }
     }
 
     /// This op as a product with experts, if it is one.

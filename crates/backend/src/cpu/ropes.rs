@@ -24,7 +24,8 @@ impl Ropes {
         if let Some(at) = self.0.iter().position(|rope| rope.spec == *spec) {
             return at;
         }
-        let table = RopeTable::new(spec.n_rot, f64::from(spec.base), factors);
+        let base = f64::from(spec.base);
+        let table = RopeTable::new(spec.n_rot, base, factors).scaled(spec.scaling, base);
         self.0.push(Rope { spec: spec.clone(), table, turns: Vec::new() });
         self.0.len() - 1
     }

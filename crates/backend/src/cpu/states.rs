@@ -1,6 +1,6 @@
 //! Pages and slots in memory.
 //!
-//! A page holds, for each KV state in turn, its keys and then its values, `page_len` cells of each, head by head:
+//! A page holds, for each KV state of its class in turn, its keys and then its values, `page_len` cells of each, head by head:
 //!
 //! ```text
 //! page = [ k of state 0 | v of state 0 | k of state 1 | … ]      each part begins on a cache line
@@ -17,7 +17,8 @@
 //! Saved states are copies of slots, without a window, each with storage of its own: there may be many, they come and
 //! go, and nobody computes with them.
 //!
-//! Everything grows when a page or slot is first used.
+//! Everything grows when a page or slot is first used. Where layers have a window a sequence gives a page back whenever it takes
+//! one, so a few of those are kept rather than returned to the system and asked for again.
 
 use std::{
     any::Any,
@@ -33,7 +34,10 @@ use paceline_kernels::{
     kv::{KvBytes, LINE},
 };
 
-use crate::{PageId, SavedId, SlotId, StateConfig, StateDecl, States};
+use crate::{PageClasses, PageId, SavedId, SlotId, StateConfig, StateDecl, StateId, States};
+
+/// Bytes of pages that are kept for the next to ask; one page is kept if it is larger.
+const SPARE_BYTES: usize = 64 << 20;
 
 /// Appends values as bytes.
 fn put(out: &mut Vec<u8>, values: &[f32]) {
@@ -57,6 +61,10 @@ fn take(values: &mut [f32], bytes: &[u8]) {
 #[derive(Default)]
 pub(super) struct Inner {
     pub pages: Vec<Option<KvBytes>>,
+    /// The class of each page.
+    class_of: Vec<usize>,
+    /// Pages that were given back, by class.
+    spare: Vec<Vec<KvBytes>>,
     /// The committed states of every slot.
     pub slots: Vec<f32>,
     /// What the tentative rows of the last step left behind, of every slot.
@@ -99,9 +107,11 @@ impl SlotLayout {
 struct Shared {
     decls: Vec<StateDecl>,
     config: StateConfig,
-    /// First bytes of each KV state's keys and values in a page.
+    classes: PageClasses,
+    /// First bytes of each KV state's keys and values in a page of its class.
     offsets: Vec<[usize; 2]>,
-    page_bytes: usize,
+    /// Of each class.
+    page_bytes: Vec<usize>,
     slot_width: usize,
     window_width: usize,
     /// Of each state; empty ranges for KV.
@@ -121,17 +131,20 @@ impl CpuStates {
         team: Arc<Team>,
         table: &'static KernelTable,
     ) -> CpuStates {
-        let (mut page_bytes, mut slot_width, mut window_width) = (0, 0, 0);
+        let classes = PageClasses::of(decls);
+        let mut page_bytes = vec![0; classes.len()];
+        let (mut slot_width, mut window_width) = (0, 0);
         let mut offsets = Vec::with_capacity(decls.len());
         let mut layouts = Vec::with_capacity(decls.len());
-        for decl in decls {
-            offsets.push([0, 1].map(|part| {
-                let start = page_bytes;
-                if let StateDecl::Kv { n_head, head_dim } = *decl {
+        for (at, decl) in decls.iter().enumerate() {
+            offsets.push([0, 1].map(|part| match (decl, classes.class(StateId(at as u32))) {
+                (&StateDecl::Kv { n_head, head_dim, .. }, Some(class)) => {
+                    let start = page_bytes[class];
                     let bytes = n_head * config.kv.head_bytes(head_dim, config.page_len)[part];
-                    page_bytes += bytes.next_multiple_of(LINE);
+                    page_bytes[class] += bytes.next_multiple_of(LINE);
+                    start
                 }
-                start
+                _ => 0,
             }));
             layouts.push(SlotLayout {
                 start: slot_width,
@@ -147,15 +160,18 @@ impl CpuStates {
         for layout in &mut layouts {
             (layout.slot_width, layout.window_width) = (slot_width, window_width);
         }
+        let inner = Inner { spare: vec![Vec::new(); page_bytes.len()], ..Inner::default() };
+        let inner = Mutex::new(inner);
         CpuStates(Arc::new(Shared {
             decls: decls.to_vec(),
             config,
+            classes,
             offsets,
             page_bytes,
             slot_width,
             window_width,
             layouts,
-            inner: Mutex::default(),
+            inner,
             team,
             table,
         }))
@@ -171,9 +187,12 @@ impl CpuStates {
         self.0.inner.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// First bytes of a KV state's keys and values in a page.
-    pub fn page_offsets(&self, state: usize) -> [usize; 2] {
-        self.0.offsets[state]
+    /// The class of a KV state, and the first bytes of its keys and values in a page.
+    pub fn page_place(&self, state: usize) -> (usize, [usize; 2]) {
+        match self.0.classes.class(StateId(state as u32)) {
+            Some(class) => (class, self.0.offsets[state]),
+            None => panic!("{:?} is no KV state", self.0.decls[state]),
+        }
     }
 
     /// Where the recurrent state `state` lies.
@@ -201,25 +220,36 @@ impl States for CpuStates {
         self.0.config
     }
 
-    fn page_bytes(&self) -> usize {
-        self.0.page_bytes
+    fn page_bytes(&self, class: usize) -> usize {
+        self.0.page_bytes[class]
     }
 
     fn slot_bytes(&self) -> usize {
         size_of::<f32>() * (self.0.slot_width + self.0.window_width)
     }
 
-    fn page_alloc(&self, page: PageId) {
+    fn page_alloc(&self, page: PageId, class: usize) {
         let mut inner = self.lock();
         let at = page.0 as usize;
         if inner.pages.len() <= at {
             inner.pages.resize_with(at + 1, || None);
+            inner.class_of.resize(at + 1, 0);
         }
-        inner.pages[at] = Some(KvBytes::new(self.0.page_bytes));
+        inner.class_of[at] = class;
+        let spare = inner.spare[class].pop();
+        inner.pages[at] = Some(spare.unwrap_or_else(|| KvBytes::new(self.0.page_bytes[class])));
     }
 
     fn page_release(&self, page: PageId) {
-        self.lock().pages[page.0 as usize] = None;
+        let mut inner = self.lock();
+        let inner = &mut *inner;
+        let at = page.0 as usize;
+        let (data, class) = (inner.pages[at].take(), inner.class_of[at]);
+        let (spare, n_byte) = (&mut inner.spare[class], self.0.page_bytes[class]);
+        let is_kept = spare.is_empty() || (spare.len() + 1) * n_byte <= SPARE_BYTES;
+        if self.0.classes.windows()[class].is_some() && is_kept {
+            spare.extend(data);
+        }
     }
 
     fn page_copy(&self, from: PageId, to: PageId) {
@@ -304,10 +334,8 @@ impl States for CpuStates {
     }
 
     fn page_import(&self, page: PageId, bytes: &[u8]) -> bool {
-        if bytes.len() != self.page_bytes() {
-            return false;
-        }
         match self.lock().pages.get_mut(page.0 as usize) {
+            Some(Some(data)) if data.bytes().len() != bytes.len() => return false,
             Some(Some(data)) => data.bytes_mut().copy_from_slice(bytes),
             _ => panic!("import into {page:?}, which has no storage"),
         }

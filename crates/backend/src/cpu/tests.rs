@@ -10,8 +10,8 @@ use paceline_kernels::formats::{FORMATS, quantize_rows};
 
 use super::*;
 use crate::{
-    AttentionOp, BlockMask, Buf, Experts, KvType, Lane, Matrix, PageId, PlanBuilder, RouterScore, RouterSpec,
-    SlotId, StateId, Step, StepOut, Tap, Vector, WeightSource,
+    AttentionOp, BlockMask, Buf, Experts, KvType, Lane, Matrix, PageId, PageTable, PlanBuilder, RouterScore,
+    RouterSpec, SlotId, StateId, Step, StepOut, Tap, Vector, WeightSource,
     conformance::{self, EIGHT_BIT_ACTIVATIONS, Tolerance, random::Random},
 };
 
@@ -121,7 +121,7 @@ fn replay(backend: &CpuBackend, plan: Plan, input: &[f32], n: usize) -> StepOut 
     let mut exec = backend.compile(Arc::new(plan), &states).unwrap();
     let positions: Vec<u32> = (0..n as u32).collect();
     let outputs: Vec<u32> = positions.iter().copied().filter(|i| i % 3 != 1).collect();
-    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, tables: &[], slot: None }];
     let step =
         Step { tokens: &positions, inputs: input, positions: &positions, lanes: &lanes, outputs: &outputs };
     let mut out = StepOut::default();
@@ -203,7 +203,10 @@ fn matrices_are_packed_once_and_tables_not_at_all() {
 #[test]
 fn a_panicking_step_leaves_the_others_alone() {
     for backend in [CpuBackend::new(1).unwrap(), eager(3)] {
-        let decls = [StateDecl::Kv { n_head: 1, head_dim: 4 }, StateDecl::ConvTail { channels: 4, width: 3 }];
+        let decls = [
+            StateDecl::Kv { n_head: 1, head_dim: 4, window: None },
+            StateDecl::ConvTail { channels: 4, width: 3 },
+        ];
         let config = StateConfig { page_len: 4, kv: KvType::F16.into(), n_tentative_max: 4 };
         let states = backend.alloc_states(&decls, config).unwrap();
         let conv = upload(&backend, &mut Random::new(6), 3, 4);
@@ -218,7 +221,8 @@ fn a_panicking_step_leaves_the_others_alone() {
 
         let mut run = |pages: &[PageId], slot: SlotId, n_past: usize| {
             let input = Random::new(n_past as u64).values(8, 1.0);
-            let lanes = [Lane { rows: 0..2, n_past, n_certain: 1, pages, slot: Some(slot) }];
+            let tables = [PageTable::whole(pages.to_vec())];
+            let lanes = [Lane { rows: 0..2, n_past, n_certain: 1, tables: &tables, slot: Some(slot) }];
             let (two, outputs) = ([n_past as u32, n_past as u32 + 1], [0, 1]);
             let step =
                 Step { tokens: &two, inputs: &input, positions: &two, lanes: &lanes, outputs: &outputs };
@@ -229,7 +233,7 @@ fn a_panicking_step_leaves_the_others_alone() {
             })
         };
         let [good, alone] = [[PageId(0), PageId(1)], [PageId(2), PageId(3)]];
-        good.iter().chain(&alone).for_each(|page| states.page_alloc(*page));
+        good.iter().chain(&alone).for_each(|page| states.page_alloc(*page, 0));
         [0, 1, 2].iter().for_each(|slot| states.slot_reset(SlotId(*slot)));
         let want = [0, 2, 4].map(|n_past| run(&alone, SlotId(1), n_past).unwrap());
         for (i, want) in want.iter().enumerate() {
@@ -238,6 +242,26 @@ fn a_panicking_step_leaves_the_others_alone() {
             states.slot_reset(SlotId(2));
             assert_eq!(&run(&good, SlotId(0), 2 * i).unwrap(), want, "after {} panics", i + 1);
         }
+    }
+}
+
+/// Pages of a window go and come all the time: what one left, the next one has. Others go back to the system.
+#[test]
+fn pages_of_windows_are_used_again() {
+    let backend = CpuBackend::new(1).unwrap();
+    let kv = |window| StateDecl::Kv { n_head: 1, head_dim: 4, window };
+    let config = StateConfig { page_len: 4, ..StateConfig::default() };
+    let states = backend.alloc_states(&[kv(Some(8)), kv(None)], config).unwrap();
+    for (class, is_kept) in [(0, false), (1, true)] {
+        let mark = vec![7; states.page_bytes(class)];
+        states.page_alloc(PageId(3), class);
+        assert!(states.page_import(PageId(3), &mark));
+        states.page_release(PageId(3));
+        states.page_alloc(PageId(5), class);
+        let mut found = Vec::new();
+        states.page_export(PageId(5), &mut found);
+        assert_eq!(found == mark, is_kept, "class {class}");
+        states.page_release(PageId(5));
     }
 }
 
@@ -254,7 +278,7 @@ fn the_size_of_one_step_does_not_bind_the_next() {
         let input = random.values(30 * n, 1.0);
         let positions: Vec<u32> = (0..n as u32).collect();
         for outputs in [&positions[..], &[], &positions[n - 1..]] {
-            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, tables: &[], slot: None }];
             let step =
                 Step { tokens: &positions, inputs: &input, positions: &positions, lanes: &lanes, outputs };
             let mut fresh_out = StepOut::default();
@@ -330,7 +354,7 @@ impl Mixture {
 
 fn run_rows(exec: &mut dyn Exec, input: &[f32], n: usize) -> StepOut {
     let positions: Vec<u32> = (0..n as u32).collect();
-    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &[PageId(0)], slot: None }];
+    let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, tables: &[], slot: None }];
     let mut out = StepOut::default();
     exec.run(
         &Step { tokens: &[], inputs: input, positions: &positions, lanes: &lanes, outputs: &positions },
@@ -434,8 +458,8 @@ fn output_rows_are_summarised() {
         for n in [1, 3, 2] {
             let (mut out, inputs) = (StepOut::default(), random.values(n * n_in, 1.0));
             let outputs: Vec<u32> = (0..n as u32).collect();
-            let (tokens, pages) = (vec![0; n], [PageId(0)]);
-            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, pages: &pages, slot: None }];
+            let tokens = vec![0; n];
+            let lanes = [Lane { rows: 0..n, n_past: 0, n_certain: n, tables: &[], slot: None }];
             exec.run(
                 &Step {
                     tokens: &tokens,

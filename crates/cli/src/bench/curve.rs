@@ -26,7 +26,8 @@ use super::{
     roofline,
 };
 use crate::{
-    load::{self, Loaded, MemoryNeed},
+    load::{self, Loaded},
+    need::MemoryNeed,
     output::say,
     progress,
 };
@@ -99,8 +100,8 @@ struct Curve<'a> {
     shallow: Option<Times>,
     prefill: Times,
     drafter: Option<DraftCost>,
-    /// Bytes of a cell over all layers.
-    cell_bytes: u64,
+    /// What cells take.
+    need: MemoryNeed,
 }
 
 /// Rows of the prefill that is timed.
@@ -143,7 +144,7 @@ impl<'a> Curve<'a> {
                 verify: Times::default(),
                 absorb: Times::default(),
             }),
-            cell_bytes: MemoryNeed::new(loaded.model.states(), loaded.sizes.kv, 0).cell_bytes,
+            need: MemoryNeed::new(loaded.model.states(), loaded.sizes.kv, 0),
             rig,
         };
         for round in 0..=args.curve.rounds {
@@ -237,7 +238,9 @@ impl<'a> Curve<'a> {
 
     /// Bytes of context, and their rate: what one row costs more behind a long context than behind a short one.
     fn kv(&self) -> Option<(u64, f64)> {
-        let n_bytes = self.cell_bytes * (self.args.curve.depth - SHALLOW.min(self.args.curve.depth)) as u64;
+        let depth = self.args.curve.depth;
+        let read = |n: usize| self.need.read_bytes(n as u64);
+        let n_bytes = read(depth) - read(SHALLOW.min(depth));
         let more = self.plain() - self.shallow.as_ref()?.median();
         (more > 0.0).then_some((n_bytes, n_bytes as f64 / more))
     }

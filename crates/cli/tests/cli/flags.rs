@@ -27,7 +27,8 @@ fn what_would_change_answers_is_refused() {
         paceline(&all).fails_with(parts);
     };
     check(&["--lora", "a.gguf"], &["--lora a.gguf: not supported"]);
-    check(&["--rope-scaling", "yarn"], &["--rope-scaling yarn: not supported"]);
+    check(&["--rope-scaling", "yarn"], &["--rope-scaling", "hint: --rope-scale 4"]);
+    check(&["--yarn-beta-fast", "16"], &["hint: --rope-scaling yarn"]);
     check(&["--spec-type", "draft-mtp"], &["nextn_predict_layers", "prediction head", "paceline convert"]);
     check(&["--spec-type", "dflas"], &["ngram-simple or none, found `dflas`"]);
     check(&["--spec-type", "eagle3"], &["`eagle3` is not supported", "not built yet"]);

@@ -186,3 +186,43 @@ fn a_plan_says_what_a_server_takes() {
     let words = paceline(&["inspect", &repo_str(TARGET), "--plan"]).ok();
     assert!(words.contains("prompt cache") && words.contains("at most"), "{words}");
 }
+
+/// What published sizes need at 256K, without a file: layers with a window keep their window.
+#[test]
+fn published_shapes_at_256k() {
+    let check = |shape: &str, n_ctx: u64, classes: &[(Option<u64>, u64)]| {
+        let shown = paceline(&["inspect", "--shape", shape, "--ctx", &n_ctx.to_string(), "--json"]).json();
+        let memory = &shown["memory"];
+        let cells = |window: Option<u64>| window.map_or(n_ctx, |n| n + 2 * 64 + 512);
+        let kv: u64 = classes.iter().map(|&(window, bytes)| cells(window) * bytes).sum();
+        assert_eq!(memory["kv_bytes"]["f16"], kv, "{shape}: {memory}");
+        let found: Vec<_> =
+            classes.iter().map(|(window, n)| json!({"window": window, "cell_bytes_f16": n})).collect();
+        assert_eq!(memory["kv_classes"], json!(found), "{shape}");
+    };
+    check("gemma4-31b", 262_144, &[(None, 81_920), (Some(1024), 819_200)]);
+    check("gemma4-26b-a4b", 262_144, &[(None, 20_480), (Some(1024), 204_800)]);
+    check("gemma4-e4b", 131_072, &[(None, 16_384), (Some(512), 40_960)]);
+    check("qwen3.6-27b", 262_144, &[(None, 65_536)]);
+    check("qwen3.5-35b-a3b", 262_144, &[(None, 20_480)]);
+    check("qwen3-coder-next", 262_144, &[(None, 24_576)]);
+    paceline(&["inspect", "--shape", "gemma5"]).fails_with(&["gemma5", "gemma4-31b"]);
+    paceline(&["inspect"]).fails_with(&["--shape"]);
+}
+
+/// A prediction head has cells of its own, if it drafts.
+#[test]
+fn a_plan_counts_the_prediction_head() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("mtp.gguf").display().to_string();
+    paceline(&["convert", &repo_str("goldens/qwen35-mtp"), &file, "--type", "f32"]).ok();
+    let plan = |more: &[&str]| {
+        let args = [&["inspect", &file, "--plan", "--json", "-c", "400", "-np", "2"], more].concat();
+        paceline(&args).json()
+    };
+    // Keys and values of two KV heads of 12.
+    assert_eq!(plan(&["--spec-type", "draft-mtp"])["drafter_kv_bytes"], 2 * 2 * 12 * 2 * 400);
+    assert_eq!(plan(&[])["drafter_kv_bytes"], 0);
+    let args = ["inspect", &repo_str(TARGET), "--plan", "--spec-type", "draft-mtp"];
+    paceline(&args).fails_with(&["no prediction head"]);
+}

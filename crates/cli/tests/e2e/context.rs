@@ -138,3 +138,36 @@ fn text_outside_of_ascii() {
     plain["speculative.n_max"] = 0.into();
     assert_eq!(native(&server, text, &plain).0, streamed.0);
 }
+
+/// A token of context takes a kilobyte of the bundled target and more of its drafter: 262,144 of them would be seen.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_context_is_a_limit_and_no_reservation() {
+    let small = Server::start("-np 1 -c 512 --no-warmup");
+    let large = Server::start("-np 8 -c 262144 --no-warmup");
+    let (before, least) = (large.resident_bytes(), small.resident_bytes());
+    assert!(
+        before < least + (16 << 20),
+        "{before} bytes before the first request, {least} with a small context"
+    );
+    let answer = native(&large, long_prompt(&large, 200), &json!({}));
+    assert_eq!(answer, native(&small, long_prompt(&small, 200), &json!({})));
+    let after = large.resident_bytes();
+    assert!(after < before + (64 << 20), "{after} bytes after an answer, {before} before");
+    large.assert_clean();
+}
+
+/// Twice as far as the target was trained for.
+#[test]
+fn positions_beyond_the_trained_context() {
+    let flags = "-np 1 -c 8192 --rope-scaling yarn --rope-scale 2";
+    let server = Server::start(flags);
+    let prompt = long_prompt(&server, 6000);
+    let (answer, drafted) = native_stream(&server, prompt.clone(), &json!({}));
+    assert!(drafted.is_some(), "drafts beyond it too");
+    let plain = Server::start(&format!("{flags} -ub 300 --spec-type none"));
+    assert_eq!(native(&plain, prompt.clone(), &json!({})), (answer.clone(), None));
+    let other = Server::start("-np 1 -c 8192 --spec-type none");
+    assert_ne!(native(&other, prompt, &json!({})).0, answer, "positions are scaled");
+    server.assert_clean();
+}

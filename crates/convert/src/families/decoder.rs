@@ -74,7 +74,7 @@ impl Decoder {
     }
 
     /// The keys that every architecture has.
-    pub(crate) fn write_keys(&self, recipe: &mut Recipe) {
+    pub(crate) fn write_keys(&self, recipe: &mut Recipe) -> Result<(), Error> {
         recipe.size_key("block_count", self.n_layer);
         recipe.size_key("context_length", self.n_ctx);
         recipe.size_key("embedding_length", self.n_embd);
@@ -91,6 +91,7 @@ impl Decoder {
         recipe.key("attention.layer_norm_rms_epsilon", self.eps);
         recipe.key("rope.freq_base", self.rope.theta);
         recipe.size_key("rope.dimension_count", self.rope.n_rot);
+        self.rope.write_scaling(recipe)
     }
 
     /// Embedding, final norm and head. `root` is the text model's prefix; the head is outside of it.
@@ -223,16 +224,31 @@ impl Rope {
     }
 
     /// Keys of the scalings that are done from metadata: `linear` and `yarn`.
-    pub(crate) fn write_scaling(&self, recipe: &mut Recipe) -> Result<(), Error> {
+    fn write_scaling(&self, recipe: &mut Recipe) -> Result<(), Error> {
         if !["linear", "yarn"].contains(&self.kind.as_str()) {
             return Ok(());
         }
         recipe.key("rope.scaling.type", self.kind.as_str());
-        recipe.key("rope.scaling.factor", self.parameters().f32("factor")?);
-        if let Some(n_ctx) = self.parameters().opt_usize("original_max_position_embeddings")? {
+        let parameters = self.parameters();
+        let factor = parameters.f32("factor")?;
+        recipe.key("rope.scaling.factor", factor);
+        if let Some(n_ctx) = parameters.opt_usize("original_max_position_embeddings")? {
             recipe.size_key("rope.scaling.original_context_length", n_ctx);
         }
-        Ok(())
+        for beta in ["beta_fast", "beta_slow"] {
+            if let Some(turns) = parameters.opt_f32(beta)? {
+                recipe.key(&format!("rope.scaling.yarn_{beta}"), turns);
+            }
+        }
+        // The file's factor comes on top of the paper's own.
+        if let Some(whole) = parameters.opt_f32("attention_factor")? {
+            recipe.key("rope.scaling.attn_factor", whole / (1.0 + 0.1 * factor.ln()));
+        }
+        for other in ["mscale", "mscale_all_dim"] {
+            parameters.refuse(other, parameters.get(other).is_some(), "YaRN without it")?;
+        }
+        let whole_pairs = parameters.opt_bool("truncate")? != Some(false);
+        parameters.refuse("truncate", !whole_pairs, "a blend that begins and ends at whole pairs")
     }
 }
 

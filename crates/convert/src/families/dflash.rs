@@ -34,7 +34,7 @@ const FULL: &str = "full_attention";
 fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Result<(), Error> {
     let draft = config.section("dflash_config").unwrap_or_else(|| config.clone());
     let decoder = Decoder::read(config, 1.0)?;
-    decoder.rope.check_kind(&["default"])?;
+    decoder.rope.check_kind(&["default", "linear", "yarn"])?;
     if decoder.rope.n_rot != decoder.head_dim {
         return Err(config.error("partial_rotary_factor", "1", "this variant is not supported yet"));
     }
@@ -65,7 +65,7 @@ fn write(recipe: &mut Recipe, config: &Config, target: Option<&Target>) -> Resul
     }
 
     recipe.n_vocab = n_vocab;
-    decoder.write_keys(recipe);
+    decoder.write_keys(recipe)?;
     recipe.size_key("vocab_size", n_vocab);
     recipe.size_key("block_size", block_size);
     recipe.key("target_layers", taps.iter().map(|&tap| tap as i32 + 1).collect::<Vec<_>>());

@@ -23,8 +23,7 @@ fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(),
     if decoder.rope.n_rot != head_dim || !head_dim.is_multiple_of(2) {
         return Err(config.error("head_dim", "an even number, all of it rotated", ""));
     }
-    decoder.write_keys(recipe);
-    decoder.rope.write_scaling(recipe)?;
+    decoder.write_keys(recipe)?;
     recipe.size_key("vocab_size", config.usize("vocab_size")?);
 
     let root = root(recipe);

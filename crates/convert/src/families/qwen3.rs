@@ -14,8 +14,7 @@ pub(super) fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) ->
     let decoder = Decoder::read(config, 1.0)?;
     decoder.rope.check_kind(&["default", "linear", "yarn"])?;
     config.refuse("use_sliding_window", config.flag("use_sliding_window")?, "no sliding window")?;
-    decoder.write_keys(recipe);
-    decoder.rope.write_scaling(recipe)?;
+    decoder.write_keys(recipe)?;
 
     let root = root(recipe);
     decoder.ends(recipe, config, root, Map::Same)?;

@@ -23,9 +23,9 @@ const FULL: &str = "full_attention";
 
 pub(super) fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
     let decoder = Decoder::read(config, 0.25)?;
-    decoder.rope.check_kind(&["default"])?;
+    decoder.rope.check_kind(&["default", "linear", "yarn"])?;
     let hybrid = Hybrid::read(config, decoder)?;
-    hybrid.write_keys(recipe);
+    hybrid.write_keys(recipe)?;
     let decoder = &hybrid.decoder;
     if let Some(sections) =
         decoder.rope.parameters.as_ref().map(|rope| rope.opt_ids("mrope_section")).transpose()?.flatten()
@@ -53,9 +53,9 @@ impl Hybrid {
         Ok(Hybrid { decoder, delta: DeltaNet::read(config)?, is_linear })
     }
 
-    pub(super) fn write_keys(&self, recipe: &mut Recipe) {
+    pub(super) fn write_keys(&self, recipe: &mut Recipe) -> Result<(), Error> {
         let Hybrid { decoder, delta, is_linear } = self;
-        decoder.write_keys(recipe);
+        decoder.write_keys(recipe)?;
         recipe.size_key("ssm.conv_kernel", delta.conv_width);
         recipe.size_key("ssm.state_size", delta.head_dim);
         recipe.size_key("ssm.group_count", delta.n_key);
@@ -65,6 +65,7 @@ impl Hybrid {
             Some(interval) => recipe.size_key("full_attention_interval", interval),
             None => recipe.key("attention.recurrent_layers", is_linear.clone()),
         }
+        Ok(())
     }
 
     /// All tensors; `delta_net` names those of a delta rule, given the width of the input, the layer and its prefix.

@@ -16,9 +16,9 @@ pub(super) const FAMILY: Family =
 
 fn write(recipe: &mut Recipe, config: &Config, _: Option<&Target>) -> Result<(), Error> {
     let decoder = Decoder::read(config, 0.25)?;
-    decoder.rope.check_kind(&["default"])?;
+    decoder.rope.check_kind(&["default", "linear", "yarn"])?;
     let hybrid = Hybrid::read(config, decoder)?;
-    hybrid.write_keys(recipe);
+    hybrid.write_keys(recipe)?;
     hybrid.tensors(recipe, config, delta_net)
 }
 

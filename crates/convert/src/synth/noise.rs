@@ -16,6 +16,8 @@ const UNIT_LEN: usize = 256;
 const N_UNIT: usize = 1024;
 /// Bytes written at once.
 const CHUNK_BYTES: usize = 1 << 20;
+/// The divisor that leaves nothing of an angle.
+const STILL: f32 = 1e30;
 
 /// The weights that follow from a seed.
 pub(super) struct Noise {
@@ -48,6 +50,11 @@ impl Noise {
         let (mean, deviation) = match values {
             Values::Weights => (0.0, 1.0 / (n_in as f32).sqrt()),
             Values::Around(mean) => (mean, mean.abs() / 10.0),
+            Values::Divisors(n_turned) => {
+                let divisor = |i| if i < n_turned { 1.0f32 } else { STILL };
+                let bytes: Vec<u8> = (0..n_in).flat_map(|i| divisor(i).to_le_bytes()).collect();
+                return Ok(sink.put(&bytes)?);
+            }
         };
         let unit_len = if n_in.is_multiple_of(UNIT_LEN) { UNIT_LEN } else { spec.ty.block_len() };
         let unit_bytes = spec.ty.row_bytes(unit_len);

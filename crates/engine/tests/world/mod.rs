@@ -137,8 +137,8 @@ impl Drafter for PricedDrafter {
     fn fork(&mut self, from: SeqId, to: SeqId, len: usize) -> bool {
         self.inner.fork(from, to, len)
     }
-    fn forks_anywhere(&self) -> bool {
-        self.inner.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.inner.forks_anywhere(len)
     }
     fn export(&self, seq: SeqId) -> Option<Vec<u8>> {
         self.inner.export(seq)

@@ -68,6 +68,7 @@ impl AttentionShape {
                 base: hp.rope_base,
                 pairing: Pairing::HalfSplit,
                 factors: None,
+                scaling: hp.rope_scaling,
             },
             eps: hp.eps,
             gated: false,
@@ -81,7 +82,7 @@ impl AttentionShape {
 
     /// What the layer remembers.
     pub fn state(&self) -> StateDecl {
-        StateDecl::Kv { n_head: self.n_head_kv, head_dim: self.head_dim }
+        StateDecl::Kv { n_head: self.n_head_kv, head_dim: self.head_dim, window: self.window }
     }
 
     fn q_width(&self) -> usize {

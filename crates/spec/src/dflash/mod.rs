@@ -33,8 +33,8 @@ mod selector;
 use std::{collections::HashMap, sync::Arc};
 
 use paceline_backend::{
-    Buf, Exec, Lane, LocalKernels, Matrix, Plan, PlanBuilder, StateConfig, StateId, Step, StepOut, Tap,
-    Vector,
+    Buf, Exec, Lane, LocalKernels, Matrix, Plan, PlanBuilder, StateConfig, StateDecl, StateId, Step, StepOut,
+    Tap, Vector,
 };
 use paceline_memory::{Memory, SeqId};
 use paceline_models::{
@@ -238,9 +238,10 @@ impl Dflash {
         let decls: Vec<_> = contract
             .layers
             .iter()
-            .map(|_| paceline_backend::StateDecl::Kv {
+            .map(|layer| StateDecl::Kv {
                 n_head: contract.hparams.n_head_kv,
                 head_dim: contract.hparams.head_dim,
+                window: layer.window,
             })
             .collect();
         let config = StateConfig { n_tentative_max: contract.n_block, ..request.states };
@@ -427,8 +428,8 @@ impl Drafter for Dflash {
         Ok(())
     }
 
-    fn forks_anywhere(&self) -> bool {
-        self.memory.forks_anywhere()
+    fn forks_anywhere(&self, len: usize) -> bool {
+        self.memory.forks_anywhere(len)
     }
 
     fn forget(&mut self, seq: SeqId) {

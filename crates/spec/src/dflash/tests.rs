@@ -112,7 +112,12 @@ impl Bench {
 
     fn states(&self) -> Arc<dyn States> {
         let (n_head, head_dim) = (self.contract.hparams.n_head_kv, self.contract.hparams.head_dim);
-        let decls = vec![paceline_backend::StateDecl::Kv { n_head, head_dim }; self.contract.layers.len()];
+        let decls: Vec<_> = self
+            .contract
+            .layers
+            .iter()
+            .map(|layer| StateDecl::Kv { n_head, head_dim, window: layer.window })
+            .collect();
         let config = StateConfig { page_len: 16, kv: KvType::F32.into(), n_tentative_max: 16 };
         self.backend.alloc_states(&decls, config).unwrap()
     }

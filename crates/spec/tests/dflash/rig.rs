@@ -194,6 +194,7 @@ impl Target {
             eps: 1e-6,
             n_rot: 32,
             rope_base: 1e6,
+            rope_scaling: Default::default(),
         };
         Target { backend, model: Box::new(Ends { hparams, shared }), file }
     }
@@ -270,7 +271,7 @@ pub fn greedy(n_vocab: usize) -> Sampler {
 
 /// The cells of a target that nobody ran, for drafters that don't look at them.
 pub fn no_past() -> Lane<'static> {
-    Lane { rows: 0..1, n_past: 0, n_certain: 1, pages: &[], slot: None }
+    Lane { rows: 0..1, n_past: 0, n_certain: 1, tables: &[], slot: None }
 }
 
 /// Greedy drafts of up to `n_max` tokens behind (sequence, committed tokens, anchor).

@@ -164,3 +164,28 @@ fn features_that_are_not_finite_harm_their_sequence_alone() {
     rig.drafter.forget(bad);
     assert_eq!(rig.draft_at(40, 29), want);
 }
+
+/// Layers with a window of 8 keep the pages of 16 that it lies in; a fork begins where all of its window is left, and drafts as a
+/// drafter that was given its rows alone.
+#[test]
+fn sliding_layers_keep_their_window() {
+    let parts = Parts::golden("dflash").unset("dflash.attention.sliding_window_pattern");
+    let mut rig = Rig::of("dflash", &parts);
+    let seq = rig.sequence(20, 75);
+    let early = rig.drafter.state_bytes();
+    rig.commit(seq, 20, 70);
+    assert_eq!(rig.drafter.state_bytes(), early, "two pages of each layer before and after");
+    assert!(rig.drafter.forks_anywhere(22) && !rig.drafter.forks_anywhere(23));
+    // Behind 70 rows the next one sees 63, behind 40 it would have seen 33.
+    for (len, is_left) in [(70, true), (60, true), (40, false)] {
+        let fork = rig.ids.create();
+        assert_eq!(rig.drafter.fork(seq, fork, len), is_left, "{len}");
+        if is_left {
+            let got = draft(&mut *rig.drafter, &[(fork, len, 29)], BLOCK - 1, N_VOCAB).remove(0);
+            assert_eq!(got, fresh("dflash", &parts, Live { seq, offset: 0, n: len }, 29), "{len}");
+            rig.drafter.forget(fork);
+        }
+    }
+    rig.drafter.forget(seq);
+    assert_eq!(rig.drafter.state_bytes(), 0);
+}

@@ -527,6 +527,7 @@ impl Model for NoWindows<'_> {
             base: 1e6,
             pairing: paceline_backend::Pairing::HalfSplit,
             factors: None,
+            scaling: paceline_backend::RopeScaling::None,
         };
         let k = p.rope(x, 20, &rope);
         p.kv_append(StateId(0), k, x);
@@ -554,7 +555,8 @@ fn files_that_do_not_fit_are_refused() {
     let narrow = target(GROUPED, backend.clone());
     check(&*narrow.model, &parts, "width of the target's states: expected 44, found 40; use the assistant");
     let shared = own.model.shared();
-    let windowless = NoWindows(own.model.hparams(), shared, [StateDecl::Kv { n_head: 2, head_dim: 20 }]);
+    let windowless =
+        NoWindows(own.model.hparams(), shared, [StateDecl::Kv { n_head: 2, head_dim: 20, window: None }]);
     check(
         &windowless,
         &parts,
