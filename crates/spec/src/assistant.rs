@@ -120,7 +120,7 @@ impl Source {
                 _ => None,
             })
         };
-        let last = reads().filter(|op| op.window.is_some() == slides).last()?;
+        let last = reads().rfind(|op| op.window.is_some() == slides)?;
         let StateDecl::Kv { n_head, head_dim } = states[last.state.0 as usize] else { return None };
         let keys = target.ops.iter().find_map(|op| match op {
             Op::KvAppend { state, k, .. } if *state == last.state => Some(*k),
@@ -269,7 +269,7 @@ impl Loader<'_> {
                 let what = format!("`{}`", w.key(&format!("attention.key_length{suffix}")));
                 return Err(self.mismatch(what, format!("{}, the target's", source.head_dim), n, ""));
             }
-            if hp.n_head % source.n_head_kv != 0 {
+            if !hp.n_head.is_multiple_of(source.n_head_kv) {
                 let expected =
                     format!("a multiple of the {} KV heads of the target's {kind} layers", source.n_head_kv);
                 let what = format!("`{}`", w.key("attention.head_count"));
@@ -330,7 +330,7 @@ impl Loader<'_> {
             return Ok(Head::Dense(table));
         }
         let n_group = w.file().require_tensor(centroids)?.n_rows() as usize;
-        if n_group == 0 || hp.n_vocab % n_group != 0 {
+        if n_group == 0 || !hp.n_vocab.is_multiple_of(n_group) {
             let expected = format!("as many rows as divide {} tokens into groups", hp.n_vocab);
             return Err(self.mismatch(format!("tensor `{centroids}`"), expected, n_group, ""));
         }
