@@ -467,6 +467,14 @@ fn drafters(
         );
         drafters.push((kind, file));
     }
+    if let Some(file) = left {
+        let found = kind_of(&file)?.name;
+        bail!(
+            "{}: a drafter of kind {found}, which --spec-type {} does not name\nhint: --spec-type {found}",
+            file.name(),
+            flags.spec_type.as_deref().unwrap_or("")
+        );
+    }
     Ok(drafters)
 }
 

@@ -50,11 +50,11 @@ impl Source {
         if let Some(kinds) = kinds.as_ref().filter(|kinds| !kinds.iter().any(|kind| kind.needs_file())) {
             let names: Vec<&str> = kinds.iter().map(|kind| kind.name).collect();
             ensure!(
-                given.is_none() || kinds.is_empty(),
+                given.is_none() || kinds.is_empty() || kinds.iter().any(|kind| kind.may_have_file()),
                 "--spec-type {}: reads no file of its own, and a drafter was given\nhint: add dflash or draft, or leave -md out",
                 names.join(",")
             );
-            return Ok(None);
+            return Ok(given.filter(|_| !kinds.is_empty()));
         }
         let bundled_target = flags.model.is_none() && flags.hf_repo.is_none();
         let drafter =

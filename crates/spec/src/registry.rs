@@ -43,6 +43,12 @@ impl DrafterKind {
     pub fn needs_file(&self) -> bool {
         matches!(self.origin, Origin::File(_) | Origin::Model)
     }
+
+    /// True if it can come from a file of its own, at least one of another kind that goes by its name.
+    pub fn may_have_file(&self) -> bool {
+        let is_called_so = |kind: &DrafterKind| kind.needs_file() && kind.aliases.contains(&self.name);
+        self.needs_file() || DRAFTERS.iter().any(is_called_so)
+    }
 }
 
 /// Every drafter; to add one, write its file and add its line.
