@@ -370,7 +370,9 @@ impl CpuOp {
             }
             Op::LocalConv { delta, side, n_tap, src, dst, .. } => {
                 let (base, n_side) = (self.weight().floats(), self.weight().n_rows() / n_tap);
-                let (delta, lane) = (cx.row(*delta, row), &cx.step.lanes[cx.lane_of_row[row] as usize]);
+                let (delta, lanes) = (cx.row(*delta, row), cx.step.lanes);
+                // Lanes cover the rows in order.
+                let lane = &lanes[lanes.partition_point(|lane| lane.rows.end <= row)];
                 let side = |values: usize| side * values..(side + 1) * values;
                 let base = &base[side(n_tap * cx.plan.width(*src))];
                 let delta = &delta[side(delta.len() / n_side)];
