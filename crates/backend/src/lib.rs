@@ -45,7 +45,7 @@ pub use paceline_kernels::{
 /// Counts the times that the same weights and settings came to give other bits on the same kernels. To be raised whenever a
 /// change of kernels or plans does that, so that no file of states of an older build is taken up. A test of the engine knows
 /// what bits go with the number, and fails if it was forgotten.
-pub const NUMERICS: u32 = 1;
+pub const NUMERICS: u32 = 2;
 
 /// A token id. The same type as in `text` and `sampling`, which do not depend on this crate.
 pub type Token = u32;
