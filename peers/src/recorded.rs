@@ -54,7 +54,8 @@ impl Engine for Recorded {
 
     fn forward(&mut self, tokens: &[&[Token]], _: Outputs, keep: Keep) -> Result<()> {
         let [tokens] = tokens else { anyhow::bail!("one sequence is recorded, not {}", tokens.len()) };
-        let recorded = self.tokens.get(self.len..self.len + tokens.len()).context("so many rows are not recorded")?;
+        let recorded =
+            self.tokens.get(self.len..self.len + tokens.len()).context("so many rows are not recorded")?;
         ensure!(recorded == *tokens, "other tokens were recorded");
         self.first = self.len;
         if keep == Keep::Rows {

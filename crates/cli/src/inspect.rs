@@ -22,7 +22,6 @@ use crate::{
 #[derive(Args, Debug)]
 pub struct InspectArgs {
     /// The file, of a split model the first part
-    #[arg(required_unless_present = "shape")]
     file: Option<PathBuf>,
     /// A published size in place of a file, as `paceline synth` takes them: what that model would need
     #[arg(long, value_name = "SHAPE", conflicts_with = "file")]

@@ -195,6 +195,9 @@ const BITS: &[(u32, &str, u64)] = &[
     (1, "avx512", 0x1495_98d6_61c5_9639),
     (1, "avx2", 0xffd6_3590_181e_d6ce),
     (1, "scalar", 0xb4a2_99ef_5663_f1e6),
+    (2, "avx512", 0xdc89_08db_b53c_8594),
+    (2, "avx2", 0x91ff_53f1_116c_2746),
+    (2, "scalar", 0x8824_4673_c2ce_b5c1),
 ];
 
 /// Files of snapshots are taken up by every build with the same [`NUMERICS`]. Whoever changes what is computed has to raise

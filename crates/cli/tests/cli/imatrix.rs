@@ -86,22 +86,16 @@ fn experts_are_summed_apart() {
     paceline(&["quantize", &model, &small, "q4_0", "--imatrix", &out]).ok();
 }
 
-/// With importances from one text, predictions of another stay nearer.
+/// With importances from a text, predictions of it stay nearer. (Of other texts too, where there is more than a story: `docs/performance.md`.)
 #[test]
 fn importances_help() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
-    let (seen, unseen, out, base) = (path("seen.txt"), path("unseen.txt"), path("i.gguf"), path("base.kld"));
+    let (seen, out, base) = (path("seen.txt"), path("i.gguf"), path("base.kld"));
     fs::write(&seen, STORY.repeat(3)).unwrap();
-    let other = STORY
-        .replace("fox", "girl")
-        .replace("Pip", "Lily")
-        .replace("river", "farm")
-        .replace("golden key", "red kite");
-    fs::write(&unseen, other.repeat(3)).unwrap();
     let target = repo_str(TARGET);
     paceline(&["imatrix", "-m", &target, "-f", &seen, "-o", &out, "-c", "64"]).ok();
-    paceline(&["perplexity", "-m", &target, "-f", &unseen, "-c", "64", "--kl-divergence-base", &base]).ok();
+    paceline(&["perplexity", "-m", &target, "-f", &seen, "-c", "64", "--kl-divergence-base", &base]).ok();
     let divergence = |more: &[&str]| {
         let small = path("small.gguf");
         let args = ["quantize", &target, &small, "q2_k", "--pure", "--allow-requantize"];

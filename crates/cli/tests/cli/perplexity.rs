@@ -49,7 +49,7 @@ fn a_window_is_scored_from_its_middle_on() {
     assert_eq!((&got["n_scored"], &got["n_chunk"]), (&scored.len().into(), &1.into()));
     let perplexity = got["perplexity"].as_f64().unwrap();
     assert!((perplexity - mean.exp()).abs() < 1e-6 * perplexity, "{perplexity}, expected {}", mean.exp());
-    assert!(perplexity < 20.0, "of a text that it knows: {perplexity}");
+    assert!(perplexity < 30.0, "of a text that it knows: {perplexity}");
 }
 
 #[test]

@@ -185,7 +185,7 @@ impl Contract {
         refuse_other_variants(w)?;
         let names = tensor_names(file)?;
         let mut hparams = Hparams::read_with_vocab(w, target.n_vocab)?;
-        refuse_unscaled_rope(w)?;
+        refuse_scaled_rope(w)?;
         let taps = taps(w, arch, names, target)?;
         let n_embd_target = tapped_width(w, names, taps.len(), target)?;
         if hparams.n_embd != target.n_embd && !(w.has("token_embd.weight") && w.has("output.weight")) {
@@ -499,8 +499,13 @@ fn ends(w: &Weights, target: &TargetFacts) -> Result<Ends, LoadError> {
     })
 }
 
-/// Scaled angles by a factor alone: `rope.scaling.type` is checked with the other sizes.
-fn refuse_unscaled_rope(w: &Weights) -> Result<(), LoadError> {
+/// Scaled angles: no published drafter has them, so nothing says how they would have to be read.
+fn refuse_scaled_rope(w: &Weights) -> Result<(), LoadError> {
+    let key = w.key("rope.scaling.type");
+    if let Some(kind) = w.metadata().str(&key)?.filter(|&kind| kind != "none") {
+        let expected = "none (other scalings are not supported yet)";
+        return Err(mismatch(w.file(), key, expected, kind, ""));
+    }
     for key in ["rope.scaling.factor", "rope.scale_linear"].map(|key| w.key(key)) {
         if let Some(factor) = w.metadata().f32(&key)?.filter(|&factor| factor != 0.0 && factor != 1.0) {
             let expected = "1 (scaled rotary angles are not supported yet)";

@@ -504,7 +504,7 @@ fn a_file_that_is_no_drafter() {
     let Err(error) = target.load(clip) else { panic!("an encoder of images was loaded as a drafter") };
     assert_eq!(
         error.to_string(),
-        "drafter.gguf: architecture `clip` is not a drafter; known drafters: dflash, draft"
+        "drafter.gguf: architecture `clip` is not a drafter; known drafters: dflash, gemma4-assistant, draft"
     );
     let error = paceline_models::load(&upstream().file(), &target.backend).err().unwrap().to_string();
     assert!(error.ends_with("this is a drafter: give it with -md and its target with -m"), "{error}");

@@ -68,7 +68,11 @@ fn any_history(name: &str) {
                     let from = *rng.pick(&all);
                     let (mut to, n) = (Live { seq: rig.ids.create(), ..from }, rng.range(1..from.n + 1));
                     to.n = n;
-                    assert!(rig.drafter.fork(from.seq, to.seq, n));
+                    if !rig.drafter.fork(from.seq, to.seq, n) {
+                        // Its window there is gone, which only happens where the drafter says so.
+                        assert!(n < from.n && !rig.drafter.forks_anywhere(from.n));
+                        continue;
+                    }
                     if rng.chance(0.5) {
                         let bytes = rig.drafter.export(to.seq).unwrap();
                         rig.drafter.forget(to.seq);
@@ -113,7 +117,7 @@ fn any_history(name: &str) {
         all.iter().for_each(|live| rig.drafter.forget(live.seq));
         assert_eq!(rig.drafter.state_bytes(), 0);
     }
-    assert!(n_drafts > 300 && n_forgotten > 10 && n_fork > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
+    assert!(n_drafts > 250 && n_forgotten > 10 && n_fork > 10, "{n_drafts} drafts, {n_forgotten} forgotten");
 }
 
 #[test]
