@@ -457,13 +457,8 @@ impl<'a> KvHead<'a> {
     {
         let (dim, ty) = (self.head_dim, self.types.k);
         let bytes = self.block_bytes(block)[0];
-        if !bytes.is_empty() {
-            match ty {
-                KvType::F32 => return Cells::F32(typed(bytes)),
-                KvType::F16 if n_queries <= DIRECT => return Cells::F16(typed(bytes)),
-                KvType::Bf16 if n_queries <= DIRECT => return Cells::Bf16(typed(bytes)),
-                _ => {}
-            }
+        if let Some(cells) = as_they_lie(ty, bytes, n_queries) {
+            return cells;
         }
         widened.resize(BLOCK * dim, 0.0);
         if ty.groups_keys() && !bytes.is_empty() {
@@ -510,13 +505,10 @@ impl<'a> KvHead<'a> {
     {
         let (dim, width, ty) = (self.head_dim, padded(self.head_dim), self.types.v);
         let bytes = self.block_bytes(block)[1];
-        if dim == width && !bytes.is_empty() {
-            match ty {
-                KvType::F32 => return Cells::F32(typed(bytes)),
-                KvType::F16 if n_queries <= DIRECT => return Cells::F16(typed(bytes)),
-                KvType::Bf16 if n_queries <= DIRECT => return Cells::Bf16(typed(bytes)),
-                _ => {}
-            }
+        if dim == width
+            && let Some(cells) = as_they_lie(ty, bytes, n_queries)
+        {
+            return cells;
         }
         widened.resize(BLOCK * width, 0.0);
         let row = ty.row_bytes(dim);
@@ -532,6 +524,17 @@ impl<'a> KvHead<'a> {
             }
         });
         Cells::F32(widened)
+    }
+}
+
+/// The bytes of a block, if there are any, as what so many queries can look at without widening it first.
+fn as_they_lie(ty: KvType, bytes: &[u8], n_queries: usize) -> Option<Cells<'_>> {
+    match ty {
+        _ if bytes.is_empty() => None,
+        KvType::F32 => Some(Cells::F32(typed(bytes))),
+        KvType::F16 if n_queries <= DIRECT => Some(Cells::F16(typed(bytes))),
+        KvType::Bf16 if n_queries <= DIRECT => Some(Cells::Bf16(typed(bytes))),
+        _ => None,
     }
 }
 
